@@ -1,0 +1,178 @@
+"""The `ds4jax` command: picks a command's module, reads its flags and runs it.
+
+A command is a module `ds4jax.experiments.NAME` with absl flags at its top, a docstring
+that is its help, `main(argv)` that returns None or an exit status, and, where it takes
+arguments without dashes, their names in `ARGUMENTS`.  Only the chosen module is
+imported, so `ds4jax --help` does not wait for JAX.
+
+Exit status: 0 done; 2 the user's mistake, told in one line; 130 interrupted; 141 the
+reader of a pipe left.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+from absl import flags
+
+import ds4jax
+from ds4jax.errors import Ds4Error
+
+COMMANDS = {
+    "generate": "continue a prompt, speculatively or plainly",
+    "score": "log-probabilities of a given text",
+    "inspect": "what is in a GGUF file, and what decoding reads of it",
+    "convert": "write a GGUF file from another one or from a checkpoint",
+    "train": "train the tiny model",
+    "evaluate": "loss and draft acceptance of a model on held-out text",
+}
+"""The commands, each with its line of `ds4jax --help`."""
+
+
+class UsageError(Exception):
+    """A command line that cannot be read; the message is one line."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status.
+
+    Args:
+      argv: the words after `ds4jax`; those of this process when None.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # What is still buffered has no reader; without this Python would try at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: list[str]) -> int:
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
+    if argv[:1] in ([], ["--help"], ["-h"]):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"ds4jax {ds4jax.__version__}")
+        return 0
+    speaker = "ds4jax"
+    try:
+        name = _command(argv[0])
+        speaker = f"ds4jax {name}"
+        module = importlib.import_module(f"ds4jax.experiments.{name}")
+        if "--help" in argv or "-h" in argv:
+            print(_help(name, module))
+            return 0
+        return module.main([name, *_parse(argv, module)]) or 0
+    except (UsageError, Ds4Error) as error:
+        print(f"{speaker}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+
+
+def _command(word: str) -> str:
+    if word in COMMANDS:
+        return word
+    if word.startswith("-"):
+        raise UsageError(f"expected a command before {word}; see ds4jax --help")
+    raise UsageError(f"unknown command '{word}'{_nearest(word, COMMANDS)}")
+
+
+def _nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
+    """Return how to go on from an unknown word: a suggestion, or where to look."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {dashes}{near[0]}?" if near else "; see --help"
+
+
+def _parse(argv: list[str], module: ModuleType) -> list[str]:
+    """Set the flags on absl's `FLAGS` and return the arguments without dashes.
+
+    Raises:
+      UsageError: for an unknown, ill-valued or missing flag or argument.
+    """
+    own = flags.FLAGS.get_key_flags_for_module(module)
+    try:
+        arguments = flags.FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in own]
+        raise UsageError(
+            f"unknown flag --{error.flagname}{_nearest(error.flagname, known, '--')}"
+        ) from None
+    except flags.ValidationError as error:
+        missing = [flag for flag in own if flag.value is None and _required(flag)]
+        raise UsageError(
+            f"missing {_spelling(missing[0])}" if missing else str(error)
+        ) from None
+    except flags.Error as error:
+        raise UsageError(str(error)) from None
+    expected = _arguments(module)
+    if len(arguments) < len(expected):
+        raise UsageError(f"missing {expected[len(arguments)]}; see --help")
+    if len(arguments) > len(expected):
+        raise UsageError(f"unexpected argument '{arguments[len(expected)]}'")
+    return arguments
+
+
+def _arguments(module: ModuleType) -> tuple[str, ...]:
+    return getattr(module, "ARGUMENTS", ())
+
+
+def _required(flag: flags.Flag) -> bool:
+    """Say whether the flag was defined with `required=True`.
+
+    absl keeps no other trace of it than the validator's message.
+    """
+    needs = "must have a value other than None."
+    return any(check.message.endswith(needs) for check in flag.validators)
+
+
+def _spelling(flag: flags.Flag) -> str:
+    """Return how a flag is typed, such as `--context=INT` or `--[no]warm`."""
+    if flag.boolean:
+        return f"--[no]{flag.name}"
+    choices = getattr(flag.parser, "enum_values", None)
+    value = "|".join(choices) if choices else flag.flag_type().split()[-1].upper()
+    return f"--{flag.name}={value}"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
+    return "\n".join(
+        [
+            "ds4jax COMMAND [flags]",
+            "",
+            (ds4jax.__doc__ or "").splitlines()[0],
+            "",
+            *lines,
+            "",
+            "ds4jax COMMAND --help tells more; ds4jax --version tells the version.",
+        ]
+    )
+
+
+def _help(name: str, module: ModuleType) -> str:
+    usage = " ".join(["ds4jax", name, *_arguments(module), "[flags]"])
+    lines = [usage, "", inspect.getdoc(module) or "", "", "Flags:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(module):
+        if _required(flag):
+            note = "required"
+        elif flag.default is None:
+            note = "not set by default"
+        else:
+            note = f"default {flag.default_as_str}"
+        text = textwrap.wrap(f"{flag.help.rstrip('.')} ({note}).", 78)
+        lines += [f"  {_spelling(flag)}", *(f"      {line}" for line in text)]
+    return "\n".join(lines).rstrip()

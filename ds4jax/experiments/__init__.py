@@ -1,0 +1,1 @@
+"""The commands: one module each, started by `ds4jax NAME` (see `ds4jax.cli`)."""
