@@ -1,0 +1,282 @@
+"""Block-quantised tensors as separate planes, and their exact values in `jnp`.
+
+A ggml block interleaves quants, scales and minima; a `QuantTensor` keeps each in its
+own aligned array.  `dequantize` is the reference of every kernel and the fallback
+where there is none; it gives the bits of gguf-py's `quants.dequantize` (and so of
+llama.cpp), eagerly and under `jax.jit`:
+
+ * In every format each product is exact in float32.  The widest are Q6_K's, 11 bits of
+   a float16 scale + 7 of the sub-scale + 5 of the quant = 23.  So neither the order of
+   the factors nor contraction of `a * b - c` into a fused multiply-add can change a
+   bit: at most one rounding, that of the subtraction, ever happens.
+ * A float16 subnormal is a normal float32, hence no value is flushed to zero.  Only
+   MXFP4 reaches float32 subnormals, which XLA flushes in arithmetic on the CPU: its
+   values come from a table, and copying keeps their bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from gguf import quants as gguf_quants
+from jaxtyping import Array, UInt8
+
+from ds4jax.errors import ConfigError
+
+
+@struct.dataclass
+class QuantTensor:
+    """A block-quantised tensor: a pytree of planes whose leading axes are its own.
+
+    Indexing every plane indexes the tensor, so `jax.tree.map(lambda p: p[ids], q)`
+    gathers experts, also under `jit`.  The shape is therefore read off the planes.
+
+    Planes of a `[..., n]` tensor, all in ggml's order within a block:
+
+    | format  | planes |
+    |---------|--------|
+    | Q8_0    | quants i8 [..., n], d f16 [..., n/32] |
+    | Q2_K    | quants u8 [..., n/4], scales u8 [..., n/16] (low nibble: scale, high: minimum), d and dmin f16 [..., n/256] |
+    | Q4_K    | quants u8 [..., n/2], scales and mins u8 [..., n/32], d and dmin f16 [..., n/256] |
+    | Q6_K    | low u8 [..., n/2], high u8 [..., n/4], scales i8 [..., n/16], d f16 [..., n/256] |
+    | IQ2_XXS | grid u32 [..., n/32] (4 grid rows of 8 bits), signs u32 [..., n/32] (4 sign patterns of 7 bits, 4-bit scale on top), d f16 [..., n/256] |
+    | MXFP4   | quants u8 [..., n/2], exponents u8 [..., n/32] |
+
+    Attributes:
+      format: the ggml type name, static.
+      planes: numpy or JAX arrays by name.
+    """  # noqa: E501
+
+    format: str = struct.field(pytree_node=False)
+    planes: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the dequantised tensor, numpy order."""
+        name, per_item = _FORMATS[self.format].measure
+        *leading, items = self.planes[name].shape
+        return (*leading, items * per_item)
+
+    @property
+    def ndim(self) -> int:
+        """Return the number of axes."""
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all planes."""
+        return sum(plane.nbytes for plane in self.planes.values())
+
+
+def pack(format: str, raw: UInt8[np.ndarray, "... row_bytes"]) -> QuantTensor:
+    """Split ggml blocks, as they lie in a file, into numpy planes.
+
+    Args:
+      format: ggml type name.
+      raw: uint8 `[..., bytes of a row]`, e.g. a memory map; it is copied.
+
+    Raises:
+      ConfigError: for a format without planes, or rows that are not whole blocks.
+    """
+    if format not in _FORMATS:
+        raise ConfigError(
+            f"format: expected one of {', '.join(_FORMATS)}, found {format!r}"
+        )
+    layout = _FORMATS[format]
+    if raw.dtype != np.uint8 or raw.ndim == 0 or raw.shape[-1] % layout.block_bytes:
+        raise ConfigError(
+            f"{format}: expected uint8 rows of whole {layout.block_bytes}-byte blocks,"
+            f" found {raw.dtype} {raw.shape}"
+        )
+    *leading, row_bytes = raw.shape
+    blocks = np.asarray(raw).reshape(*leading, -1, layout.block_bytes)
+    planes = layout.split(blocks)
+    return QuantTensor(
+        format=format,
+        planes={
+            name: np.ascontiguousarray(plane).reshape(*leading, -1)
+            for name, plane in planes.items()
+        },
+    )
+
+
+def dequantize(tensor: QuantTensor | Array | np.ndarray) -> Array:
+    """Return the float32 values of a tensor; a plain float array is only cast.
+
+    Shape and axis order are those of `tensor.shape`.
+    """
+    if not isinstance(tensor, QuantTensor):
+        return jnp.asarray(tensor, jnp.float32)
+    planes = {name: jnp.asarray(plane) for name, plane in tensor.planes.items()}
+    return _FORMATS[tensor.format].join(**planes).reshape(tensor.shape)
+
+
+def _field(blocks: np.ndarray, start: int, stop: int, dtype: Any) -> np.ndarray:
+    """Return a copy of bytes `start:stop` of every block as `dtype`."""
+    return blocks[..., start:stop].copy().view(dtype)
+
+
+def _f32(scale: Array, *trailing: int) -> Array:
+    """Return one float32 per block, with unit axes to broadcast over the block."""
+    return scale.astype(jnp.float32).reshape(*scale.shape, *trailing)
+
+
+def _bits(packed: Array, group: int, width: int) -> Array:
+    """Unpack `width`-bit fields, lowest first, of each `group` bytes.
+
+    `[..., n]` becomes `[..., n/group, 8/width, group]`: ggml stores values a whole
+    group apart in one byte.
+    """
+    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[:, None]
+    fields = packed.reshape(*packed.shape[:-1], -1, 1, group) >> shifts
+    return fields & jnp.uint8(2**width - 1)
+
+
+def _split_q8_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "quants": _field(blocks, 2, 34, np.int8),
+        "d": _field(blocks, 0, 2, "<f2"),
+    }
+
+
+def _join_q8_0(quants: Array, d: Array) -> Array:
+    values = quants.reshape(*d.shape, 32).astype(jnp.float32)
+    return values * _f32(d, 1)
+
+
+def _split_q2_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "quants": _field(blocks, 16, 80, np.uint8),
+        "scales": _field(blocks, 0, 16, np.uint8),
+        "d": _field(blocks, 80, 82, "<f2"),
+        "dmin": _field(blocks, 82, 84, "<f2"),
+    }
+
+
+def _join_q2_k(quants: Array, scales: Array, d: Array, dmin: Array) -> Array:
+    values = _bits(quants, 32, 2).reshape(*d.shape, 16, 16).astype(jnp.float32)
+    scales = scales.reshape(*d.shape, 16, 1)
+    return _f32(d, 1, 1) * (scales & 15) * values - _f32(dmin, 1, 1) * (scales >> 4)
+
+
+def _split_q4_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    first, second, high = np.split(_field(blocks, 4, 16, np.uint8), 3, axis=-1)
+    # Sub-blocks 0-3 hold 6 whole bits; 4-7 keep their low nibbles in `high` and their
+    # top two bits above those of sub-blocks 0-3.
+    scales = (first & 63, (high & 15) | (first >> 2 & 48))
+    mins = (second & 63, (high >> 4) | (second >> 2 & 48))
+    return {
+        "quants": _field(blocks, 16, 144, np.uint8),
+        "scales": np.concatenate(scales, axis=-1),
+        "mins": np.concatenate(mins, axis=-1),
+        "d": _field(blocks, 0, 2, "<f2"),
+        "dmin": _field(blocks, 2, 4, "<f2"),
+    }
+
+
+def _join_q4_k(
+    quants: Array, scales: Array, mins: Array, d: Array, dmin: Array
+) -> Array:
+    values = _bits(quants, 32, 4).reshape(*d.shape, 8, 32).astype(jnp.float32)
+    scales = scales.reshape(*d.shape, 8, 1)
+    mins = mins.reshape(*d.shape, 8, 1)
+    return _f32(d, 1, 1) * scales * values - _f32(dmin, 1, 1) * mins
+
+
+def _split_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "low": _field(blocks, 0, 128, np.uint8),
+        "high": _field(blocks, 128, 192, np.uint8),
+        "scales": _field(blocks, 192, 208, np.int8),
+        "d": _field(blocks, 208, 210, "<f2"),
+    }
+
+
+def _join_q6_k(low: Array, high: Array, scales: Array, d: Array) -> Array:
+    low = _bits(low, 64, 4).reshape(*d.shape, 16, 16)
+    high = _bits(high, 32, 2).reshape(*d.shape, 16, 16)
+    values = (low | high << 4).astype(jnp.float32) - 32
+    return _f32(d, 1, 1) * scales.reshape(*d.shape, 16, 1) * values
+
+
+def _split_iq2_xxs(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    groups = _field(blocks, 2, 66, "<u4")
+    return {
+        "grid": groups[..., 0::2],
+        "signs": groups[..., 1::2],
+        "d": _field(blocks, 0, 2, "<f2"),
+    }
+
+
+def _iq2_grid() -> np.ndarray:
+    gguf_quants.IQ2_XXS.init_grid()
+    assert gguf_quants.IQ2_XXS.grid is not None
+    return gguf_quants.IQ2_XXS.grid.reshape(256, 8)
+
+
+IQ2_GRID = _iq2_grid()
+"""The 256 rows of eight magnitudes (8, 25 or 43) that IQ2_XXS draws from, float32."""
+
+
+def _join_iq2_xxs(grid: Array, signs: Array, d: Array) -> Array:
+    rows = grid.reshape(*d.shape, 8, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
+    magnitudes = jnp.asarray(IQ2_GRID)[rows & 255]
+    signs = signs.reshape(*d.shape, 8, 1)
+    seven = signs >> jnp.arange(0, 28, 7, dtype=jnp.uint32) & 127
+    # The eighth sign of a row makes the number of negatives even.
+    eight = seven | (jax.lax.population_count(seven) & 1) << 7
+    negative = eight[..., None] >> jnp.arange(8, dtype=jnp.uint32) & 1
+    scale = _f32(d, 1, 1) * (0.5 + (signs >> 28).astype(jnp.float32)) * 0.25
+    return scale[..., None] * jnp.where(negative, -magnitudes, magnitudes)
+
+
+def _split_mxfp4(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "quants": _field(blocks, 1, 17, np.uint8),
+        "exponents": _field(blocks, 0, 1, np.uint8),
+    }
+
+
+def _mxfp4_values() -> np.ndarray:
+    # Doubled E2M1 codes times 2^(e - 128); float64 holds each exactly, and float32 too
+    # except those that overflow to infinity at e = 255, as they do in gguf-py.
+    doubled = np.asarray(gguf_quants.MXFP4.kvalues, np.float64)
+    with np.errstate(over="ignore"):
+        return (doubled * 2.0 ** (np.arange(256.0)[:, None] - 128)).astype(np.float32)
+
+
+_MXFP4_VALUES = _mxfp4_values()
+
+
+def _join_mxfp4(quants: Array, exponents: Array) -> Array:
+    codes = _bits(quants, 16, 4)
+    return jnp.asarray(_MXFP4_VALUES)[exponents[..., None, None], codes]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """How one ggml type is stored; `measure` names a plane and its values per item."""
+
+    block_bytes: int
+    measure: tuple[str, int]
+    split: Callable[[np.ndarray], dict[str, np.ndarray]]
+    join: Callable[..., Array]
+
+
+_FORMATS = {
+    "Q8_0": _Format(34, ("quants", 1), _split_q8_0, _join_q8_0),
+    "Q2_K": _Format(84, ("quants", 4), _split_q2_k, _join_q2_k),
+    "Q4_K": _Format(144, ("quants", 2), _split_q4_k, _join_q4_k),
+    "Q6_K": _Format(210, ("low", 2), _split_q6_k, _join_q6_k),
+    "IQ2_XXS": _Format(66, ("grid", 32), _split_iq2_xxs, _join_iq2_xxs),
+    "MXFP4": _Format(17, ("quants", 2), _split_mxfp4, _join_mxfp4),
+}
+
+FORMATS = tuple(_FORMATS)
+"""The ggml types that `pack` and `dequantize` know."""
