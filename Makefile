@@ -5,7 +5,7 @@ WORKERS ?= 2
 RUN = generate --compare
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 # PYTHON's version and home (a word that names the stamp of its .venv), then its state.
 PROBE := import sys, zlib; from importlib.util import find_spec; v = sys.version_info; \

@@ -15,6 +15,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -34,6 +35,9 @@ COMMANDS = {
     "evaluate": "loss and draft acceptance of a model on held-out text",
 }
 """The commands, each with its line of `ds4jax --help`."""
+
+EXTRAS = {"matplotlib": "plot", "optax": "train"}
+"""Packages that not every command needs, each with the extra that brings it."""
 
 
 class UsageError(Exception):
@@ -72,7 +76,7 @@ def _run(argv: list[str]) -> int:
     try:
         name = _command(argv[0])
         speaker = f"ds4jax {name}"
-        module = importlib.import_module(f"ds4jax.experiments.{name}")
+        module = _module(name)
         if "--help" in argv or "-h" in argv:
             print(_help(name, module))
             return 0
@@ -86,8 +90,19 @@ def _command(word: str) -> str:
     if word in COMMANDS:
         return word
     if word.startswith("-"):
-        raise UsageError(f"expected a command before {word}; see ds4jax --help")
+        raise UsageError(f"expected a command before {word}; see --help")
     raise UsageError(f"unknown command '{word}'{_nearest(word, COMMANDS)}")
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"ds4jax.experiments.{name}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise UsageError(
+            f"needs {error.name}: pip install 'ds4jax[{EXTRAS[error.name]}]'"
+        ) from None
 
 
 def _nearest(word: str, known: Iterable[str], dashes: str = "") -> str:
@@ -110,13 +125,11 @@ def _parse(argv: list[str], module: ModuleType) -> list[str]:
         raise UsageError(
             f"unknown flag --{error.flagname}{_nearest(error.flagname, known, '--')}"
         ) from None
-    except flags.ValidationError as error:
-        missing = [flag for flag in own if flag.value is None and _required(flag)]
-        raise UsageError(
-            f"missing {_spelling(missing[0])}" if missing else str(error)
-        ) from None
     except flags.Error as error:
-        raise UsageError(str(error)) from None
+        absent = re.search(r"--(\w+) must have a value other than None", str(error))
+        raise UsageError(
+            f"missing {_spelling(flags.FLAGS[absent[1]])}" if absent else str(error)
+        ) from None
     expected = _arguments(module)
     if len(arguments) < len(expected):
         raise UsageError(f"missing {expected[len(arguments)]}; see --help")
@@ -129,34 +142,26 @@ def _arguments(module: ModuleType) -> tuple[str, ...]:
     return getattr(module, "ARGUMENTS", ())
 
 
-def _required(flag: flags.Flag) -> bool:
-    """Say whether the flag was defined with `required=True`.
-
-    absl keeps no other trace of it than the validator's message.
-    """
-    needs = "must have a value other than None."
-    return any(check.message.endswith(needs) for check in flag.validators)
+def _choices(flag: flags.Flag) -> str:
+    return "|".join(getattr(flag.parser, "enum_values", None) or ())
 
 
 def _spelling(flag: flags.Flag) -> str:
     """Return how a flag is typed, such as `--context=INT` or `--[no]warm`."""
     if flag.boolean:
         return f"--[no]{flag.name}"
-    choices = getattr(flag.parser, "enum_values", None)
-    value = "|".join(choices) if choices else flag.flag_type().split()[-1].upper()
-    return f"--{flag.name}={value}"
+    return f"--{flag.name}={_choices(flag) or flag.flag_type().split()[-1].upper()}"
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{line}" for name, line in COMMANDS.items()]
     return "\n".join(
         [
             "ds4jax COMMAND [flags]",
             "",
             (ds4jax.__doc__ or "").splitlines()[0],
             "",
-            *lines,
+            *(f"  {name:{width}}{line}" for name, line in COMMANDS.items()),
             "",
             "ds4jax COMMAND --help tells more; ds4jax --version tells the version.",
         ]
@@ -167,12 +172,15 @@ def _help(name: str, module: ModuleType) -> str:
     usage = " ".join(["ds4jax", name, *_arguments(module), "[flags]"])
     lines = [usage, "", inspect.getdoc(module) or "", "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(module):
-        if _required(flag):
-            note = "required"
-        elif flag.default is None:
-            note = "not set by default"
-        else:
-            note = f"default {flag.default_as_str}"
-        text = textwrap.wrap(f"{flag.help.rstrip('.')} ({note}).", 78)
-        lines += [f"  {_spelling(flag)}", *(f"      {line}" for line in text)]
-    return "\n".join(lines).rstrip()
+        # absl repeats an enum's choices in its help, and quotes every default.
+        text = flag.help.removeprefix(f"<{_choices(flag)}>: ").rstrip(".")
+        default = (flag.default_as_str or "''").strip("'")
+        if any("other than None" in check.message for check in flag.validators):
+            text += " (required)"
+        elif default:
+            text += f" (default {default})"
+        lines += [f"  {_spelling(flag)}"]
+        lines += textwrap.wrap(
+            f"{text}.", 84, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
