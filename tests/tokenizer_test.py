@@ -16,8 +16,9 @@ BYTES = list(tokenizer_lib._BYTE_OF_CHAR)
 TOKENS = [*REQUIRED_SPECIALS, *BYTES, *(m.replace(" ", "") for m in MERGES)]
 
 AWKWARD = [
-    "", " ", "\n", "\r\n\r\n", "\x00\x01\x7f", "  \t x \u00a0y\u3000z ", "😀👩‍👩‍👧 e\u0301",
-    "漢字とかなカナ한국어", "１２３ ٣٤٥ 123456", "it's \u201cquoted\u201d \u2014 \u2026", "<think>", "</think>",
+    "", " ", "\n", "\r\n\r\n", "\x00\x01\x7f", "  \t x \u00a0y\u3000z ",
+    "😀 👩\u200d👩\u200d👧 e\u0301", "漢字とかなカナ한국어", "１２３ ٣٤٥ 123456",
+    "it's \u201cquoted\u201d \u2014 \u2026", "<think>", "</think>",
     "<｜User｜>hi<｜Assistant｜>", "｜DSML｜", "\ufffd\ufffe", "<thi", "Ġhe",
 ]  # fmt: skip
 

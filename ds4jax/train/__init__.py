@@ -1,0 +1,1 @@
+"""Training of the tiny model, from a folder of text to a GGUF file."""
