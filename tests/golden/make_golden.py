@@ -202,10 +202,8 @@ def random_weights(config: DeepseekV4Config, seed: int) -> dict[str, np.ndarray]
     deviation 1, streams of a few, clamps that are reached, sharp and blunt softmaxes.
     """
     model = DeepseekV4ForCausalLM(config)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    shapes |= {
-        f"mtp.0.{k}": tuple(v.shape) for k, v in Mtp(config).state_dict().items()
-    }
+    state = model.state_dict()
+    state |= {f"mtp.0.{k}": v for k, v in Mtp(config).state_dict().items()}
     draw = np.random.default_rng(seed)
 
     def one(name: str, shape: tuple[int, ...]) -> np.ndarray:
