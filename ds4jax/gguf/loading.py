@@ -1,0 +1,131 @@
+"""From a checked file to a model's weights, tensor by tensor.
+
+Packing copies one tensor at a time out of the map, so host memory never holds a file
+twice; plain tensors stay views of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+from ds4jax import quant, schema
+from ds4jax.config import ModelConfig
+from ds4jax.errors import FileError
+from ds4jax.gguf.architecture import config as read_config
+from ds4jax.gguf.container import GGUF, read
+from ds4jax.quant import QuantTensor
+
+Weights = dict[str, np.ndarray | QuantTensor]
+
+_TRUNK_ONLY = "token_embd.weight"
+_MTP_ONLY = "mtp.0.norm.weight"
+
+
+def load_trunk(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
+    """Read a trunk: its architecture and every tensor of `schema.trunk`.
+
+    Raises:
+      FileError: if it is not a trunk, or a tensor is missing, unexpected, of another
+        shape or type, not finite, or routes to an expert that is not there.
+      ConfigError: if its metadata does not describe a model.
+    """
+    file = read(path)
+    if _MTP_ONLY in file.tensors and _TRUNK_ONLY not in file.tensors:
+        raise FileError(f"{path}: this is an MTP file; expected a trunk")
+    config = read_config(file)
+    specs = schema.trunk(config)
+    _check(file, specs, "its metadata describes another model")
+    return config, _load(file, specs, config)
+
+
+def load_mtp(path: str | os.PathLike[str], config: ModelConfig) -> Weights:
+    """Read the MTP block of the trunk that `config` describes.
+
+    Raises:
+      FileError: as `load_trunk`, or if the block is of another model.
+    """
+    file = read(path)
+    if _TRUNK_ONLY in file.tensors and _MTP_ONLY not in file.tensors:
+        raise FileError(f"{path}: this is a trunk; expected an MTP file")
+    specs = schema.mtp(config)
+    _check(file, specs, "this MTP file belongs to another model than the trunk")
+    return _load(file, specs, config)
+
+
+def _check(file: GGUF, specs: Mapping[str, schema.TensorSpec], hint: str):
+    """Compare names, shapes and types, before any data is touched."""
+    for name, spec in specs.items():
+        types = " or ".join(spec.types)
+        if name not in file.tensors:
+            raise FileError(
+                f"{file.path}: tensor {name} is missing: expected {types} of shape"
+                f" {spec.shape}"
+            )
+        found = file.tensors[name]
+        if found.shape != spec.shape:
+            raise FileError(
+                f"{file.path}: tensor {name}: expected shape {spec.shape}, found"
+                f" {found.shape}: {hint}"
+            )
+        if found.type not in spec.types:
+            raise FileError(
+                f"{file.path}: tensor {name}: expected type {types}, found {found.type}"
+            )
+    for name, found in file.tensors.items():
+        if name not in specs:
+            raise FileError(
+                f"{file.path}: unexpected tensor {name!r}: a file of this architecture"
+                " does not have it"
+            )
+        if name.endswith("ffn_gate_exps.weight"):
+            up = file.tensors[name.replace("ffn_gate", "ffn_up")]
+            if found.type != up.type:
+                raise FileError(
+                    f"{file.path}: tensors {name} and {up.name}: expected one type,"
+                    f" found {found.type} and {up.type}"
+                )
+
+
+def _load(
+    file: GGUF, specs: Mapping[str, schema.TensorSpec], config: ModelConfig
+) -> Weights:
+    weights: Weights = {}
+    for name, spec in specs.items():
+        found = file.tensors[name]
+        if spec.group == "table":
+            low, high = int(found.data.min()), int(found.data.max())
+            if low < 0 or high >= config.experts:
+                raise FileError(
+                    f"{file.path}: tensor {name}: expected expert ids in"
+                    f" 0..{config.experts - 1}, found {low}..{high}"
+                )
+            weights[name] = found.data
+            continue
+        weight = found.data
+        if found.type in quant.FORMATS:
+            weight = quant.pack(found.type, found.data)
+        if flaw := find_flaw(weight):
+            raise FileError(f"{file.path}: tensor {name} ({found.type}): found {flaw}")
+        weights[name] = weight
+    return weights
+
+
+def find_flaw(weight: np.ndarray | QuantTensor) -> str | None:
+    """Say where a float array or a tensor's block scales hold NaN or infinity."""
+    if isinstance(weight, np.ndarray):
+        return None if _is_finite(weight) else "NaN or infinity among its values"
+    for name, plane in weight.planes.items():
+        if plane.dtype == np.float16 and not _is_finite(plane):
+            return f"NaN or infinity among its block scales ({name})"
+        if name == "exponents" and plane.max() == 255:  # NaN in the OCP MX formats
+            return "NaN among its block scales (exponent 255)"
+    return None
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    # NaN survives min and max, and neither needs memory for a mask.
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
