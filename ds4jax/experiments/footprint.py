@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 
 from ds4jax.config import ModelConfig
-from ds4jax.errors import FileError
 
 _NAMES = {
     "attention": r"attn_(q_a|q_b|kv|output_a|output_b)\.weight",
@@ -21,36 +20,28 @@ _NAMES = {
     "compressors": r"attn_compressor_(kv|gate|ape|norm)\.weight",
     "indexer": r"indexer(\.attn_q_b|\.proj|_compressor_(kv|gate|ape|norm))\.weight",
     "head": r"output\.weight",
-    "norms and sinks": r"(\w+_)?norm\.weight|[eh]norm\.weight|attn_sinks\.weight",
+    "norms and sinks": r"([eh]|\w+_)?norm\.weight|attn_sinks\.weight",
     "hash table": r"ffn_gate_tid2eid\.weight",
     "embedding": r"token_embd\.weight",
     "MTP projections": r"[eh]_proj\.weight",
 }
 _PREFIX = r"(blk\.\d+\.|mtp\.0\.)?"
 
-GROUPS = tuple(_NAMES)
-"""Every group of tensors, in the order in which they are reported."""
+OTHER = "other"
+"""The group of what is no tensor of a trunk or of an MTP block."""
 
 
 def group_of(name: str) -> str:
-    """Return the group of the tensor `name`.
-
-    Raises:
-      FileError: where the name is no tensor of a trunk or of an MTP block.
-    """
+    """Return the group of the tensor `name`."""
     for group, leaf in _NAMES.items():
         if re.fullmatch(f"{_PREFIX}({leaf})", name):
             return group
-    raise FileError(f"{name}: not a tensor of a DeepSeek-V4 trunk or MTP block")
+    return OTHER
 
 
 def by_group(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Return the bytes of each group that occurs, given the bytes of each tensor.
-
-    Raises:
-      FileError: for an unknown tensor.
-    """
-    totals = dict.fromkeys(GROUPS, 0)
+    """Return the bytes of each group that occurs, given the bytes of each tensor."""
+    totals = dict.fromkeys([*_NAMES, OTHER], 0)
     for name, size in sizes.items():
         totals[group_of(name)] += size
     return {group: total for group, total in totals.items() if total}
@@ -73,15 +64,13 @@ def bytes_read(sizes: Mapping[str, int], config: ModelConfig, rows: int) -> floa
       sizes: bytes of each tensor, by name.
       config: the model; its E, U and V tell how much of a table a row touches.
       rows: tokens in the pass.  Embedding and hash tables give one row a token; the
-        cache is not counted.
-
-    Raises:
-      FileError: for an unknown tensor.
+        cache is not counted, and neither is a tensor of the group `other`.
     """
     share = {
         "routed experts": distinct_experts(config, rows) / config.experts,
         "hash table": rows / config.vocab,
         "embedding": rows / config.vocab,
+        OTHER: 0.0,
     }
     return sum(
         total * share.get(group, 1.0) for group, total in by_group(sizes).items()
