@@ -18,8 +18,9 @@ punctuation and digits), the regexes are followed.
 from __future__ import annotations
 
 import codecs
+import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import tokenizers
 from gguf import TokenType
@@ -184,8 +185,8 @@ class Tokenizer:
             _check_utf8(text)
         return [e.ids for e in self._plain.encode_batch_fast(list(texts))]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`, specials included.
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Return the text of `ids` (integers of any kind), specials included.
 
         Bytes that are not UTF-8 (a character cut in two) read as U+FFFD.
 
@@ -198,7 +199,8 @@ class Tokenizer:
         """Return a decoder that takes the ids one by one."""
         return TokenStream(self)
 
-    def _bytes(self, token: int) -> bytes:
+    def _bytes(self, token: SupportsIndex) -> bytes:
+        token = operator.index(token)
         # Checked, since a negative id would silently count from the end.
         if not 0 <= token < self.vocab_size:
             raise TokenError(
@@ -276,7 +278,7 @@ class TokenStream:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """Return the characters that `token` completes, perhaps none."""
         return self._utf8.decode(self._tokenizer._bytes(token))
 

@@ -169,12 +169,6 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
             f"vocab_size: expected at least {len(specials) + 256} (the specials and "
             f"256 bytes), found {vocab_size}"
         )
-    share = min(1.0, TOKENIZER_SAMPLE / sum(len(d.text) for d in documents))
-    sample = (
-        document.text
-        for i, document in enumerate(documents)
-        if int((i + 1) * share) > int(i * share)
-    )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
@@ -183,7 +177,7 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(sample, trainer)
+    backend.train_from_iterator(_sample(documents), trainer)
     vocab = backend.get_vocab()
     if len(vocab) != vocab_size:
         raise ConfigError(
@@ -193,6 +187,17 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
     merges = json.loads(backend.to_str())["model"]["merges"]
     tokens = sorted(vocab, key=vocab.__getitem__)
     return Tokenizer(tokens, [" ".join(parts) for parts in merges])
+
+
+def _sample(documents: Sequence[Document]) -> Iterator[str]:
+    """Yield whole texts, evenly spread, of about `TOKENIZER_SAMPLE` characters."""
+    share = min(1.0, TOKENIZER_SAMPLE / sum(len(d.text) for d in documents))
+    passed = kept = 0
+    for document in documents:
+        if kept <= share * passed:
+            kept += len(document.text)
+            yield document.text
+        passed += len(document.text)
 
 
 def tokenise(tokenizer: Tokenizer, documents: Sequence[Document]) -> Tokens:

@@ -77,17 +77,19 @@ class Batches:
         if not sizes or not all(sizes.values()):
             raise ConfigError(f"tokens: expected some in every class, found {sizes}")
         weights = sizes if weights is None else weights
-        if weights.keys() != sizes.keys() or min(weights.values()) < 0:
+        if weights.keys() != sizes.keys() or not (
+            min(weights.values()) >= 0 and sum(weights.values()) > 0
+        ):
             raise ConfigError(
-                f"weights: expected a non-negative one for each of {[*sizes]}, found "
-                f"{dict(weights)}"
+                f"weights: expected one for each of {[*sizes]}, none negative and not "
+                f"all 0, found {dict(weights)}"
             )
         self.batch, self.width = batch, rows + 2
         self.copy_share, self.seed = copy_share, seed
         self._flat = np.concatenate(list(tokens_by_class.values()))
         self._size = np.array([*sizes.values()])
         self._offset = np.cumsum(self._size) - self._size
-        self._share = _normalised([weights[name] for name in sizes])
+        self._share = _normalised(np.array([weights[name] for name in sizes]))
         self._copies = _CopyWriter(tokenizer)
         if copy_share:
             self._index_passages(tokens_by_class)
@@ -111,8 +113,8 @@ class Batches:
         favour = [CODE_WEIGHT if name == "code" else 1.0 for name in tokens_by_class]
         self._line_share = _normalised(self._size * favour * (self._lines > 0))
 
-    def at(self, step: int) -> Int32[np.ndarray, "B T+2"]:
-        """Return the batch of `step`, counted from 0."""
+    def at(self, step: int) -> Int32[np.ndarray, "B width"]:
+        """Return the windows, T + 2 wide, of `step`, counted from 0."""
         rng = np.random.default_rng([self.seed, step])
         group = rng.choice(self._size.size, self.batch, p=self._share)
         size = self._size[group, None]
@@ -243,6 +245,5 @@ class _CopyWriter:
         return starts[keep], room[keep]
 
 
-def _normalised(weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    weights = np.asarray(weights, np.float64)
+def _normalised(weights: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
