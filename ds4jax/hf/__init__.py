@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of DeepSeek-V4: `config.json` and safetensors.
+"""Hugging Face checkpoints of DeepSeek-V4: `config.json`, safetensors, vocabulary.
 
 `load` turns a directory into a `ModelConfig` and the tensors of `schema.py` under their
 GGUF names; `config` and `named` are its halves.
@@ -15,9 +15,10 @@ import numpy as np
 from ds4jax.config import ModelConfig
 from ds4jax.hf.architecture import config
 from ds4jax.hf.checkpoint import tensors
-from ds4jax.hf.weights import Weights, named
+from ds4jax.hf.vocabulary import vocabulary
+from ds4jax.hf.weights import named
 
-__all__ = ["Weights", "config", "load", "named", "tensors"]
+__all__ = ["config", "load", "named", "vocabulary"]
 
 
 def load(

@@ -41,7 +41,6 @@ class Weights(Mapping[str, np.ndarray]):
         tensors: Tensors,
         experts: int,
     ):
-        """Hold what `named` found and checked."""
         self._where = where
         self._specs = specs
         self._parts = parts
@@ -65,11 +64,9 @@ class Weights(Mapping[str, np.ndarray]):
         return stacked
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names, in the order of `schema`."""
         return iter(self._specs)
 
     def __len__(self) -> int:
-        """Return the number of tensors."""
         return len(self._specs)
 
     def _values(self, part: Piece) -> np.ndarray:
