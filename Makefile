@@ -20,7 +20,7 @@ help:
 	@echo "make run       decode with the model that ships, speculatively and plainly"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
-	@echo "make golden    compare with Hugging Face's code (installs torch)"
+	@echo "make golden    compute tests/golden anew with Hugging Face's code (installs torch)"
 	@echo "make test-gpu  run the GPU's tests (installs CUDA)"
 	@echo "make clean     remove .venv"
 
@@ -36,7 +36,7 @@ lint: .venv/test
 	@$(BIN)/basedpyright
 
 golden: .venv/golden
-	@$(BIN)/python -m pytest tests/golden
+	@$(BIN)/python tests/golden/make_golden.py
 
 test-gpu: .venv/cuda
 	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
