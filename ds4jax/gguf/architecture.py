@@ -89,7 +89,7 @@ def config(file: GGUF) -> ModelConfig:
         return ModelConfig(
             **fields,
             compress_ratios=tuple(ratios),
-            swiglu_limit=_shortest(limits[0]),
+            swiglu_limit=_shortest(float(limits[0])),
         )
     except ConfigError as error:
         raise ConfigError(f"{file.path}: {error}") from error
@@ -152,7 +152,7 @@ def _float(file: GGUF, key: str) -> float:
     value = _value(file, key, "a number")
     if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
         raise _wrong(file, key, "a positive number")
-    return _shortest(value)
+    return _shortest(float(value))
 
 
 def _per_layer(file: GGUF, key: str, layers: int, kinds: str) -> list[Any]:
@@ -177,4 +177,4 @@ def _shortest(value: float) -> float:
     """Return the shortest decimal of a float32, so that 1e-6 is read as 1e-6."""
     with np.errstate(over="ignore"):
         single = np.float32(value)
-    return float(str(single)) if single == value else float(value)
+    return float(str(single)) if float(single) == value else value

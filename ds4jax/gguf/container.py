@@ -29,6 +29,9 @@ MAX_COUNT = 2**24
 """Most items of a list and bytes of a text: a hundred times any real header's, and
 small enough that a corrupt count costs seconds, not hours."""
 
+MAX_NAME = 1024
+"""Most bytes of a key or a tensor name, so that an error naming one stays a line."""
+
 MAX_AXES = 4  # GGML_MAX_DIMS
 
 PLAIN_DTYPES = {
@@ -119,20 +122,21 @@ def read(path: str | os.PathLike[str]) -> GGUF:
     key_count = cursor.count("metadata count")
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
-        key = cursor.text("a metadata key")
+        key = cursor.text("a metadata key", MAX_NAME)
         if key in metadata:
             raise FileError(f"{path}: metadata key {key!r} is there twice")
         metadata[key] = cursor.value(key)
     records: dict[str, _Record] = {}
     for _ in range(tensor_count):
-        name = cursor.text("a tensor name")
+        name = cursor.text("a tensor name", MAX_NAME)
         if name in records:
             raise FileError(f"{path}: tensor {name!r} is there twice")
         records[name] = cursor.record(name)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment.bit_count() != 1:
+        found = alignment if type(alignment) is int else type(alignment).__name__
         raise FileError(
-            f"{path}: general.alignment: expected a power of two, found {alignment!r}"
+            f"{path}: general.alignment: expected a power of two, found {found}"
         )
     start = -(-cursor.offset // alignment) * alignment
     _check_extents(path, records, start, alignment, len(buffer))
@@ -193,16 +197,16 @@ class _Cursor:
     def integer(self, code: str, what: str) -> int:
         return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
 
-    def count(self, what: str) -> int:
+    def count(self, what: str, limit: int = MAX_COUNT) -> int:
         count = self.integer("<Q", what)
-        if count > MAX_COUNT:
+        if count > limit:
             raise FileError(
-                f"{self.path}: {what}: expected at most {MAX_COUNT}, found {count}"
+                f"{self.path}: {what}: expected at most {limit}, found {count}"
             )
         return count
 
-    def text(self, what: str) -> str:
-        raw = self.take(self.count(f"length of {what}"), what)
+    def text(self, what: str, limit: int = MAX_COUNT) -> str:
+        raw = self.take(self.count(f"length of {what}", limit), what)
         try:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
