@@ -15,7 +15,9 @@ from ds4jax.config import ModelConfig
 
 Group = Literal["dense", "plain", "experts", "vector", "table"]
 
-MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "MXFP4")  # fmt: skip
+MATRIX_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "MXFP4",
+)  # fmt: skip
 """ggml types that a matrix may have; all of them dequantise bit-exactly."""
 
 
