@@ -76,7 +76,7 @@ def main(argv: Sequence[str]):
         mtp_out = Path(_MTP_OUT.value)
         if not mtp:
             raise ConfigError(
-                f"mtp_out: expected no such flag: {source} has no mtp.0.*"
+                f"--mtp_out={mtp_out}: {source} has no MTP block; leave the flag out"
             )
         if mtp_out.resolve() == out.resolve():
             raise ConfigError(f"--mtp_out={mtp_out}: expected another file than --out")

@@ -14,7 +14,7 @@ import gguf
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
 
 from ds4jax import quant, schema
 from ds4jax.config import ModelConfig, QuantPlan
