@@ -1,6 +1,9 @@
 """Loading trunks and MTP blocks of every type, and refusing the flawed ones."""
 
+import math
+
 import gguf
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -9,6 +12,7 @@ from ds4jax import quant, schema
 from ds4jax.config import ModelConfig
 from ds4jax.errors import FileError
 from ds4jax.gguf import load_mtp, load_trunk, metadata
+from ds4jax.gguf.loading import find_flaw
 
 # Every kind of layer; rows of 256 so that K-quants fit.
 MODEL = ModelConfig.tiny(
@@ -248,3 +252,15 @@ def test_a_flawed_mtp_block_is_refused_naming_the_tensor(mtp):
     path = mtp(drop("mtp.0.exp_probs_b.bias"))
     with pytest.raises(FileError, match="mtp.0.exp_probs_b.bias is missing"):
         load_mtp(path, MODEL)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_value_that_is_not_finite_is_a_flaw_and_no_other(dtype):
+    """All patterns of the top 16 bits, each alone among ordinary values."""
+    dtype = jnp.dtype(dtype)
+    patterns = np.arange(2**16, dtype=np.uint16)
+    if dtype.itemsize == 4:
+        patterns = patterns.astype(np.uint32) << 16
+    for pattern in patterns.view(dtype)[:: 7 if dtype.itemsize == 4 else 1]:
+        flaw = find_flaw(np.array([1, -2, pattern, -0.0], dtype))
+        assert bool(flaw) is not math.isfinite(pattern)

@@ -98,7 +98,8 @@ def test_every_type_is_encoded_as_gguf_py_does(tmp_path, ggml_type, dtype):
 @pytest.mark.parametrize("ggml_type", ["Q8_0", "MXFP4"])
 def test_values_too_small_to_scale_stay_small(tmp_path, ggml_type):
     """gguf-py's MXFP4 encoder alone turns 1e-38 into 1e38."""
-    values = np.float32([[1e-38] * 32, [1e-40] * 32, [0] * 32, [1] * 31 + [1e-40]])
+    rows = [[1e-38] * 32, [1e-40] * 32, [0] * 32, [1] * 31 + [1e-40]]
+    values = np.array(rows, np.float32)
     write(tmp_path / "x.gguf", {}, {"t": (values, ggml_type)})
     raw = read(tmp_path / "x.gguf").tensors["t"].data
     found = gguf.quants.dequantize(raw, Type[ggml_type])
@@ -178,17 +179,29 @@ UNWRITABLE = {
     "scalar": (np.float32(1), "F32", r"1 to 4 axes, none empty, found shape \(\)"),
     "empty": (sample(0, 32), "F32", r"none empty, found shape \(0, 32\)"),
     "f16 overflow": (
-        np.float32([1, -65520]),
+        np.array([1, -65520], np.float32),
         "F16",
         "its largest magnitude, 65520, overflows F16; store it as F32",
     ),
-    "bf16 overflow": (np.float32([3.4e38]), "BF16", "3.4e.38, overflows BF16"),
+    "bf16 overflow": (
+        np.array([3.4e38], np.float32),
+        "BF16",
+        "3.4e.38, overflows BF16",
+    ),
     "q8_0 overflow": (np.full(32, 9e6, np.float32), "Q8_0", "9e.06, overflows Q8_0"),
-    "NaN": (np.float32([1, np.nan]), "F32", "found NaN or infinity among its values"),
-    "beyond f32": (np.float64([1e39]), "F32", "found NaN or infinity among its values"),
+    "NaN": (
+        np.array([1, np.nan], np.float32),
+        "F32",
+        "found NaN or infinity among its values",
+    ),
+    "beyond f32": (
+        np.array([1e39], np.float64),
+        "F32",
+        "found NaN or infinity among its values",
+    ),
     "ints as floats": (np.arange(32), "F32", "expected floats, found int64"),
     "floats as ints": (sample(4), "I32", "expected integers of 32 bits"),
-    "wide ints": (np.int64([2**31]), "I32", "expected integers of 32 bits"),
+    "wide ints": (np.array([2**31], np.int64), "I32", "expected integers of 32 bits"),
 }
 
 
