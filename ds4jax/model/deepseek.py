@@ -1,0 +1,117 @@
+"""A whole model: its weights by name, and the Flax modules over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+
+from ds4jax import schema
+from ds4jax.config import ModelConfig
+from ds4jax.model.layers import Weights
+from ds4jax.model.mtp import MTPHead
+from ds4jax.model.trunk import Trunk
+from ds4jax.pallas.matmul import Weight
+from ds4jax.quant import QuantTensor, dequantize
+
+
+class DeepSeek(nnx.Module):
+    """The trunk and, where there is one, the MTP head."""
+
+    def __init__(self, config: ModelConfig, trunk: Weights, mtp: Weights | None = None):
+        self.trunk = Trunk(config, trunk)
+        self.mtp = MTPHead(config, mtp) if mtp else None
+
+
+@struct.dataclass
+class Model:
+    """The weights of a model, by file name: what jit takes as an argument.
+
+    The Flax modules are put together from it inside a trace, which costs nothing at
+    run time and keeps one naming from file to device and back.
+
+    Attributes:
+      trunk: every tensor of `schema.trunk(config)`.
+      mtp: every tensor of `schema.mtp(config)`; empty for no head.
+      config: static.
+    """
+
+    trunk: dict[str, Weight]
+    mtp: dict[str, Weight]
+    config: ModelConfig = struct.field(pytree_node=False)
+
+    def modules(self) -> DeepSeek:
+        """Return the modules over these weights, to be called."""
+        return DeepSeek(self.config, self.trunk, self.mtp)
+
+
+def build(
+    config: ModelConfig,
+    trunk: Mapping[str, Weight],
+    mtp: Mapping[str, Weight] | None = None,
+    packed: bool = False,
+) -> Model:
+    """Build a model from weights by the names of `schema.py`, on the default device.
+
+    Args:
+      config: the architecture, and the numerics to run it with.
+      trunk: every tensor of `schema.trunk(config)`.
+      mtp: every tensor of `schema.mtp(config)`, or nothing for no head.
+      packed: keep quantised tensors as they are and dequantise them in each pass,
+        rather than once here; less memory, more arithmetic, the same bits.
+    """
+
+    def place(weight: Weight) -> Weight:
+        quantised = isinstance(weight, QuantTensor) or weight.dtype.itemsize == 2
+        if quantised and not packed:
+            return dequantize(weight)
+        return jax.tree.map(jnp.asarray, weight)
+
+    place_all = lambda weights: {name: place(w) for name, w in weights.items()}  # noqa: E731
+    return Model(place_all(trunk), place_all(mtp or {}), config)
+
+
+def random_weights(
+    specs: Mapping[str, schema.TensorSpec], config: ModelConfig, seed: int
+) -> dict[str, np.ndarray]:
+    """Return fresh float32 weights to train from or to test with, by name.
+
+    Matrices are normal with deviation `1 / sqrt(in)`, embeddings 1; the second
+    matrix of each block starts smaller, so that blocks start near silence.  Norms are
+    1, hash tables spread tokens evenly over the experts.
+    """
+    rng = np.random.default_rng(seed)
+    mixes = np.zeros(2 * config.hc_streams + config.hc_streams**2, np.float32)
+    mixes[2 * config.hc_streams :] = 4 * np.eye(config.hc_streams).reshape(-1)
+    quiet = 1 / np.sqrt(2 * config.layers)
+
+    def draw(name: str, spec: schema.TensorSpec) -> np.ndarray:
+        if spec.group == "table":
+            order = [rng.permutation(config.experts) for _ in range(spec.shape[0])]
+            return np.array(order, np.int32)[:, : config.experts_used]
+        if spec.group == "vector":
+            if "norm" in name:
+                return np.ones(spec.shape, np.float32)
+            if name.endswith("scale.weight"):
+                return np.ones(spec.shape, np.float32)
+            if name.endswith("base.weight") and spec.shape == mixes.shape:
+                return mixes.copy()
+            return np.zeros(spec.shape, np.float32)
+        deviation = 1.0 if name == "token_embd.weight" else spec.shape[-1] ** -0.5
+        if "_down_" in name or "attn_output_b" in name:
+            deviation *= quiet
+        elif "hc_" in name or name.endswith("ape.weight"):
+            deviation = 0.02
+        return rng.normal(0, deviation, spec.shape).astype(np.float32)
+
+    return {name: draw(name, spec) for name, spec in specs.items()}
+
+
+def random_model(config: ModelConfig, seed: int = 0, mtp: bool = True) -> Model:
+    """Return a model of random weights: the whole computation, no knowledge."""
+    trunk = random_weights(schema.trunk(config), config, seed)
+    head = random_weights(schema.mtp(config), config, seed + 1) if mtp else None
+    return build(config, trunk, head)

@@ -1,0 +1,87 @@
+"""Manifold-constrained hyper connections: M residual streams instead of one.
+
+Source: mHC as in DeepSeek-V4 (ARCHITECTURE §2); ds4 `hc_*` tensors.  Everything is
+float32, whatever the operand type of the other products.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ds4jax.config import ModelConfig
+from ds4jax.model.layers import Linear, Weights, rms
+
+
+def sinkhorn(
+    logits: Float[Array, "*rows M M"], iterations: int, eps: float
+) -> Float[Array, "*rows M M"]:
+    """Return a nearly doubly stochastic matrix from `logits`.
+
+    One softmax over the last axis, then column and row normalisations in turn:
+    `iterations` of columns, one fewer of rows, ending on columns.
+    """
+    mix = jax.nn.softmax(logits, axis=-1) + eps
+    mix = mix / (jnp.sum(mix, axis=-2, keepdims=True) + eps)
+    # Unrolled: a loop would cost a launch per iteration for 16 numbers a row.
+    for _ in range(iterations - 1):
+        mix = mix / (jnp.sum(mix, axis=-1, keepdims=True) + eps)
+        mix = mix / (jnp.sum(mix, axis=-2, keepdims=True) + eps)
+    return mix
+
+
+def _flatten(streams: Float[Array, "B T M D"], eps: float) -> Float[Array, "B T MD"]:
+    return rms(streams.reshape(*streams.shape[:-2], -1), eps)
+
+
+class HyperConnection(nnx.Module):
+    """Mixes the streams into a block's input, and its output back into the streams."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.fn = Linear(weights["fn.weight"])
+        self.base = nnx.Param(weights["base.weight"])
+        self.scale = nnx.Param(weights["scale.weight"])
+        self.config = config
+
+    def __call__(
+        self, streams: Float[Array, "B T M D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"], Float[Array, "B T M M"]]:
+        """Return the block's input, and the weights `post` and `mix` of `merge`."""
+        c, m = self.config, self.config.hc_streams
+        base, scale = self.base.get_value(), self.scale.get_value()
+        maps = self.fn(_flatten(streams, c.rms_eps))
+        pre = jax.nn.sigmoid(maps[..., :m] * scale[0] + base[:m]) + c.hc_eps
+        post = 2 * jax.nn.sigmoid(maps[..., m : 2 * m] * scale[1] + base[m : 2 * m])
+        logits = maps[..., 2 * m :] * scale[2] + base[2 * m :]
+        logits = logits.reshape(*logits.shape[:-1], m, m)
+        mix = sinkhorn(logits, c.sinkhorn_iters, c.hc_eps)
+        return jnp.sum(pre[..., None] * streams, axis=-2), post, mix
+
+    @staticmethod
+    def merge(
+        streams: Float[Array, "B T M D"],
+        output: Float[Array, "B T D"],
+        post: Float[Array, "B T M"],
+        mix: Float[Array, "B T M M"],
+    ) -> Float[Array, "B T M D"]:
+        """Return `post_k * output + sum_j mix[j, k] * streams_j`: first index summed."""
+        carried = jnp.sum(mix[..., None] * streams[..., :, None, :], axis=-3)
+        return post[..., None] * output[..., None, :] + carried
+
+
+class HyperHead(nnx.Module):
+    """Reads one vector out of the streams: no Sinkhorn, no factor 2."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.fn = Linear(weights["fn.weight"])
+        self.base = nnx.Param(weights["base.weight"])
+        self.scale = nnx.Param(weights["scale.weight"])
+        self.config = config
+
+    def __call__(self, streams: Float[Array, "B T M D"]) -> Float[Array, "B T D"]:
+        maps = self.fn(_flatten(streams, self.config.rms_eps))
+        maps = maps * self.scale.get_value() + self.base.get_value()
+        share = jax.nn.sigmoid(maps) + self.config.hc_eps
+        return jnp.sum(share[..., None] * streams, axis=-2)

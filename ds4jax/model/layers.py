@@ -1,0 +1,60 @@
+"""The small parts every block is made of: linear maps, norms and the clamped SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ds4jax.pallas.matmul import Weight, quant_matmul
+
+Weights = Mapping[str, Weight]
+"""Weights by the names of `schema.py`, or by what follows a prefix of them."""
+
+
+def scope(weights: Weights, prefix: str) -> dict[str, Weight]:
+    """Return the weights whose names start with `prefix`, by the rest of the name."""
+    return {
+        k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)
+    }
+
+
+class Linear(nnx.Module):
+    """A linear map without bias, `y = W x`, `W [Out, In]`."""
+
+    def __init__(self, weight: Weight, dtype: str = "float32"):
+        self.weight = nnx.Param(weight)
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*rows In"]) -> Float[Array, "*rows Out"]:
+        return quant_matmul(x, self.weight.get_value(), self.dtype)
+
+
+def rms(x: Float[Array, "*rows N"], eps: float) -> Float[Array, "*rows N"]:
+    """Return `x / sqrt(mean(x^2) + eps)` over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.sqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm with the weight as stored (no `+ 1`)."""
+
+    def __init__(self, weight: Weight, eps: float):
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows N"]) -> Float[Array, "*rows N"]:
+        return rms(x, self.eps) * self.weight.get_value()
+
+
+def clamped_swiglu(
+    gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], limit: float
+) -> Float[Array, "*rows F"]:
+    """Return `silu(min(gate, limit)) * clip(up, -limit, limit)`.
+
+    The gate is clamped from above only, before the silu (ARCHITECTURE §7).
+    """
+    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)

@@ -1,0 +1,107 @@
+"""Mixture of experts: routed by a token table or by the hidden state, and one shared.
+
+Source: ARCHITECTURE §7.  Probabilities are sqrt(softplus); the bias takes part in the
+selection only; ties go to the lowest index, as in ds4.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ds4jax.config import ModelConfig
+from ds4jax.model.layers import Linear, Weights, clamped_swiglu
+from ds4jax.pallas.matmul import (
+    every_expert_matmul,
+    expert_matmul,
+    experts_in_groups,
+)
+
+_SMALLEST_TOTAL = 2.0**-14
+"""ds4's guard on the denominator of the routing weights."""
+
+
+class MoE(nnx.Module):
+    """Routed experts plus the shared expert."""
+
+    def __init__(self, config: ModelConfig, hashed: bool, weights: Weights):
+        linear = lambda name: Linear(weights[name], config.dtype)  # noqa: E731
+        self.router = Linear(weights["ffn_gate_inp.weight"])
+        if hashed:
+            self.table = nnx.Variable(weights["ffn_gate_tid2eid.weight"])
+        else:
+            self.bias = nnx.Variable(weights["exp_probs_b.bias"])
+        self.gate = nnx.Param(weights["ffn_gate_exps.weight"])
+        self.up = nnx.Param(weights["ffn_up_exps.weight"])
+        self.down = nnx.Param(weights["ffn_down_exps.weight"])
+        self.shared_gate = linear("ffn_gate_shexp.weight")
+        self.shared_up = linear("ffn_up_shexp.weight")
+        self.shared_down = linear("ffn_down_shexp.weight")
+        self.hashed = hashed
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T U"]]:
+        """Return the block's output and the experts each row chose.
+
+        Args:
+          x: normed hidden rows.
+          tokens: their token ids, which hash routing needs.
+        """
+        limit = self.config.swiglu_limit
+        chosen, share = self.route(x, tokens)
+        flat = x.reshape(-1, x.shape[-1])
+        # Few rows read only their own experts, one copy for each choice; once that
+        # is as many as there are, computing them all costs less.
+        routed = self._chosen if chosen.size < self.config.experts else self._all
+        out = routed(flat, *(a.reshape(len(flat), -1) for a in (chosen, share)))
+        shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
+        return out.reshape(x.shape) + self.shared_down(shared), chosen
+
+    def route(
+        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+    ) -> tuple[Int[Array, "B T U"], Float[Array, "B T U"]]:
+        """Return the chosen experts, best first, and their weights."""
+        c = self.config
+        prob = jnp.sqrt(jax.nn.softplus(self.router(x)))
+        if self.hashed:
+            chosen = self.table.get_value()[tokens]
+        else:
+            _, chosen = jax.lax.top_k(prob + self.bias.get_value(), c.experts_used)
+        picked = jnp.take_along_axis(prob, chosen, axis=-1)
+        total = jnp.sum(picked, axis=-1, keepdims=True)
+        return chosen, picked / jnp.maximum(total, _SMALLEST_TOTAL) * c.routed_scale
+
+    def _chosen(self, x, chosen, share):
+        """Sum the chosen experts in slot order, reading no other."""
+        c = self.config
+        x = jnp.broadcast_to(x[:, None], (*chosen.shape, x.shape[-1]))
+        product = lambda x, w: expert_matmul(x, w.get_value(), chosen, c.dtype)  # noqa: E731
+        hidden = clamped_swiglu(
+            product(x, self.gate), product(x, self.up), c.swiglu_limit
+        )
+        return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
+
+    def _all(self, x, chosen, share):
+        """Compute every expert, a group of them at a time, and weigh by choice."""
+        c = self.config
+        is_chosen = chosen[..., None] == jnp.arange(c.experts)
+        weight = jnp.sum(jnp.where(is_chosen, share[..., None], 0), axis=1)
+        stacks, groups = [], 1
+        for w in (self.gate, self.up, self.down):
+            stack, groups = experts_in_groups(w.get_value(), c.experts)
+            stacks.append(stack)
+
+        def add_group(total, group):
+            (gate, up, down), weight = group
+            product = lambda x, w: every_expert_matmul(x, w, c.dtype)  # noqa: E731
+            hidden = clamped_swiglu(product(x, gate), product(x, up), c.swiglu_limit)
+            part = jnp.sum(weight[..., None] * product(hidden, down), axis=0)
+            return total + part, None
+
+        weight = weight.T.reshape(groups, -1, len(x))
+        total, _ = jax.lax.scan(add_group, jnp.zeros_like(x), (stacks, weight))
+        return total

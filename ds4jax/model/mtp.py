@@ -1,0 +1,98 @@
+"""The MTP head: one more layer that guesses the token after the next.
+
+Pairing.  The head is trained on (h_p, t_{p+1}) -> t_{p+2}: the trunk's streams of
+position p with the token that follows.  ds4's own drafting pairs h_p with t_p and so
+guesses t_{p+1}; `Pairing` makes it a switch (ARCHITECTURE §8).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int
+
+from ds4jax.config import ModelConfig
+from ds4jax.model.cache import Cache
+from ds4jax.model.hyper import HyperHead
+from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
+from ds4jax.model.trunk import Layer, Trunk, fill_up
+
+Pairing = Literal["trained", "ds4"]
+
+
+def pair(
+    streams: Float[Array, "B T M D"],
+    tokens: Int[Array, "B T"],
+    pairing: Pairing = "trained",
+) -> tuple[Float[Array, "B N M D"], Int[Array, "B N"]]:
+    """Return the (streams, token) inputs of the head for a known text.
+
+    `trained` gives N = T - 1 pairs (h_p, t_{p+1}); `ds4` gives N = T pairs (h_p, t_p).
+    """
+    if pairing == "ds4":
+        return streams, tokens
+    return streams[:, :-1], tokens[:, 1:]
+
+
+@struct.dataclass
+class MTPOutput:
+    """Result of a pass of the head.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      streams: float32 [B, T, M, D] of its layer: `streams` of a recursive next call.
+      cache: the state after, or None.
+      experts: int32 [B, T, U].
+    """
+
+    logits: Float[Array, "B T V"]
+    streams: Float[Array, "B T M D"]
+    cache: Cache | None
+    experts: Int[Array, "B T U"]
+
+
+class MTPHead(nnx.Module):
+    """The MTP block of ds4's `mtp.0.*` tensors; embedding and LM head are the trunk's."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        weights = scope(weights, "mtp.0.")
+        self.e_proj = Linear(weights["e_proj.weight"], config.dtype)
+        self.h_proj = Linear(weights["h_proj.weight"], config.dtype)
+        self.enorm = RMSNorm(weights["enorm.weight"], config.rms_eps)
+        self.hnorm = RMSNorm(weights["hnorm.weight"], config.rms_eps)
+        self.layer = Layer(config, 0, False, weights)
+        self.head = HyperHead(config, scope(weights, "hc_head_"))
+        self.norm = RMSNorm(weights["norm.weight"], config.rms_eps)
+
+    def __call__(
+        self,
+        trunk: Trunk,
+        tokens: Int[Array, "B T"],
+        streams: Float[Array, "B T M D"],
+        cache: Cache | None = None,
+        count: Int[Array, "B"] | None = None,
+    ) -> MTPOutput:
+        """Guess what follows each (streams, token) pair.
+
+        Args:
+          trunk: lends its embedding and LM head.
+          tokens: the token of each pair.
+          streams: the trunk's streams of each pair after the last layer, or this
+            head's own when it drafts further ahead.
+          cache: the head's state; row i of its ring is the i-th pair of the text, and
+            `cache.length` the index of this pass's first.  None as for the trunk.
+          count: how many of the T pairs are real, as for the trunk.
+        """
+        width = tokens.shape[1]
+        (tokens, streams), rows = fill_up((tokens, streams), cache, count)
+        embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
+        streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
+        state = cache and cache.layers[0]
+        streams, state, experts, _ = self.layer(streams, tokens, state, rows)
+        logits = trunk.output(self.norm(self.head(streams)))
+        if cache is not None:
+            cache = Cache((state,), rows.end)
+        cut = lambda x: x[:, :width]  # noqa: E731
+        return MTPOutput(cut(logits), cut(streams), cache, cut(experts))

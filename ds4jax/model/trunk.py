@@ -1,0 +1,164 @@
+"""The trunk: embedding, layers over M streams, hyper head, LM head.
+
+One forward serves training (no cache), prefill (a cache and many rows) and decoding
+(a cache and few rows); `cache.DECODE_ROWS` says where the row contract holds.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jaxtyping import Array, Float, Int, PyTree
+
+from ds4jax.config import ModelConfig
+from ds4jax.model.attention import Attention
+from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
+from ds4jax.model.hyper import HyperConnection, HyperHead
+from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
+from ds4jax.model.moe import MoE
+from ds4jax.quant import dequantize
+
+
+@struct.dataclass
+class Trace:
+    """What a pass did inside; XLA drops what a caller does not use.
+
+    Attributes:
+      streams: float32 [B, T, M, D] after the embedding and after each layer.
+      experts: int32 [B, T, U] of each layer.
+      selected: int32 [B, T, N] of each CSA layer, -1 for none; None elsewhere.
+    """
+
+    streams: tuple[Array, ...]
+    experts: tuple[Array, ...]
+    selected: tuple[Array | None, ...]
+
+
+@struct.dataclass
+class TrunkOutput:
+    """Result of a pass.
+
+    Attributes:
+      logits: float32 [B, T, V].
+      streams: float32 [B, T, M, D] after the last layer, before the hyper head: what
+        the MTP head is conditioned on.
+      cache: the state after, or None.
+      trace: see Trace.
+    """
+
+    logits: Float[Array, "B T V"]
+    streams: Float[Array, "B T M D"]
+    cache: Cache | None
+    trace: Trace
+
+
+class Layer(nnx.Module):
+    """Attention, then MoE, each inside its own hyper connection."""
+
+    def __init__(self, config: ModelConfig, ratio: int, hashed: bool, weights: Weights):
+        self.hc_attn = HyperConnection(config, scope(weights, "hc_attn_"))
+        self.attn_norm = RMSNorm(weights["attn_norm.weight"], config.rms_eps)
+        self.attention = Attention(config, ratio, weights)
+        self.hc_ffn = HyperConnection(config, scope(weights, "hc_ffn_"))
+        self.ffn_norm = RMSNorm(weights["ffn_norm.weight"], config.rms_eps)
+        self.moe = MoE(config, hashed, weights)
+
+    def __call__(
+        self,
+        streams: Float[Array, "B T M D"],
+        tokens: Int[Array, "B T"],
+        cache: LayerCache | None,
+        rows: Rows,
+    ):
+        """Return (streams, cache, chosen experts, the indexer's choice or None)."""
+        x, post, mix = self.hc_attn(streams)
+        y, cache, selected = self.attention(self.attn_norm(x), cache, rows)
+        streams = self.hc_attn.merge(streams, y, post, mix)
+        x, post, mix = self.hc_ffn(streams)
+        y, experts = self.moe(self.ffn_norm(x), tokens)
+        return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
+
+
+def fill_up(
+    args: PyTree[Array, "inputs"], cache: Cache | None, count: Int[Array, "B"] | None
+) -> tuple[PyTree[Array, "inputs"], Rows]:
+    """Place a pass's rows after what the cache holds, and fill up a decode pass.
+
+    Args:
+      args: inputs [B, T, ...] of the pass.
+      cache: the state before, or None for sequences that start here.
+      count: how many rows are real; all by default.
+
+    Returns:
+      The inputs and rows; of a decode pass, `DECODE_ROWS` of them, the last repeated.
+    """
+    batch, width = jax.tree.leaves(args)[0].shape[:2]
+    start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+    if count is None:
+        count = jnp.full_like(start, width)
+    offset = jnp.arange(width)
+    is_decode = cache is not None and width <= DECODE_ROWS
+    if is_decode:
+        offset = jnp.minimum(jnp.arange(DECODE_ROWS), width - 1)
+        args = jax.tree.map(lambda x: x[:, offset], args)
+    return args, Rows(start, count, start[:, None] + offset, is_decode)
+
+
+class Trunk(nnx.Module):
+    """DeepSeek-V4's trunk."""
+
+    def __init__(self, config: ModelConfig, weights: Weights):
+        self.embedding = nnx.Param(weights["token_embd.weight"])
+        self.layers = nnx.List(
+            Layer(config, ratio, i < config.hash_layers, scope(weights, f"blk.{i}."))
+            for i, ratio in enumerate(config.compress_ratios)
+        )
+        self.head = HyperHead(config, scope(weights, "output_hc_"))
+        self.norm = RMSNorm(weights["output_norm.weight"], config.rms_eps)
+        self.output = Linear(weights["output.weight"], config.dtype)
+        self.config = config
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the embedding rows of `tokens`."""
+        rows = jax.tree.map(lambda plane: plane[tokens], self.embedding.get_value())
+        return dequantize(rows)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache | None = None,
+        count: Int[Array, "B"] | None = None,
+        remat: bool = False,
+    ) -> TrunkOutput:
+        """Run the trunk on the next T tokens of each sequence.
+
+        Args:
+          tokens: ids; the first follows what `cache` holds.
+          cache: the state before; None for whole sequences that keep no state.
+          count: how many of the T tokens are real; the rest leave no trace in the
+            cache, and their outputs mean nothing.  All, by default.
+          remat: recompute layers in the backward pass rather than keep them.
+        """
+        width = tokens.shape[1]
+        tokens, rows = fill_up(tokens, cache, count)
+        streams = jnp.repeat(
+            self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2
+        )
+        run = lambda layer, *args: layer(*args)  # noqa: E731
+        run = nnx.remat(run) if remat else run
+        states, trace = [], Trace((streams,), (), ())
+        for i, layer in enumerate(self.layers):
+            state = cache and cache.layers[i]
+            streams, state, experts, selected = run(layer, streams, tokens, state, rows)
+            states.append(state)
+            trace = Trace(
+                (*trace.streams, streams),
+                (*trace.experts, experts),
+                (*trace.selected, selected),
+            )
+        logits = self.output(self.norm(self.head(streams)))
+        if cache is not None:
+            cache = Cache(tuple(states), rows.end)
+        cut = lambda x: x[:, :width]  # noqa: E731
+        return TrunkOutput(cut(logits), cut(streams), cache, jax.tree.map(cut, trace))
