@@ -97,8 +97,8 @@ def test_every_type_is_encoded_as_gguf_py_does(tmp_path, ggml_type, dtype):
 
 @pytest.mark.parametrize("ggml_type", ["Q8_0", "MXFP4"])
 def test_values_too_small_to_scale_stay_small(tmp_path, ggml_type):
-    """gguf-py's MXFP4 encoder alone turns 1e-38 into 1e38."""
-    rows = [[1e-38] * 32, [1e-40] * 32, [0] * 32, [1] * 31 + [1e-40]]
+    """gguf-py's MXFP4 encoder alone gives the first row the exponent 255, a NaN."""
+    rows = [[1.5e-38] * 32, [1e-38] * 32, [1e-40] * 32, [0] * 32, [1] * 31 + [1e-40]]
     values = np.array(rows, np.float32)
     write(tmp_path / "x.gguf", {}, {"t": (values, ggml_type)})
     raw = read(tmp_path / "x.gguf").tensors["t"].data

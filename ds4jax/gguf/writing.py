@@ -202,7 +202,7 @@ def _encode(what: str, values: np.ndarray, ggml_type: str) -> np.ndarray:
         if flaw := find_flaw(values):
             raise ConfigError(f"{what}: found {flaw}")
         if ggml_type == "MXFP4":
-            # gguf-py wraps the exponent of a block below 2^-125 round to huge ones.
+            # gguf-py wraps the exponent of a block below 2^-125, to 255 (NaN) at worst.
             values = np.where(np.abs(values) < 2.0**-125, np.float32(0), values)
         raw = gguf.quants.quantize(values, GGMLQuantizationType[ggml_type])
     plain = PLAIN_DTYPES.get(ggml_type)
