@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from ds4jax.errors import ConfigError
 
@@ -158,7 +158,7 @@ class ModelConfig:
     @classmethod
     def flash(cls, **changes) -> ModelConfig:
         """Return DeepSeek-V4-Flash (ARCHITECTURE: 43 layers, 0 0 4 128 4 128 ... 4)."""
-        flash = dict(
+        flash: dict[str, Any] = dict(
             vocab=129280, hidden=4096, layers=43, heads=64, head_dim=512, rope_dim=64,
             q_lora=1024, o_lora=1024, o_groups=8, window=128,
             compress_ratios=(0, 0, *(4 if i % 2 == 0 else 128 for i in range(2, 43))),
@@ -170,7 +170,7 @@ class ModelConfig:
     @classmethod
     def tiny(cls, **changes) -> ModelConfig:
         """Return the trained model that ships: every layer kind, widths of 256."""
-        tiny = dict(
+        tiny: dict[str, Any] = dict(
             vocab=4096, hidden=256, layers=6, heads=8, head_dim=128, rope_dim=64,
             q_lora=256, o_lora=64, o_groups=4, window=256,
             compress_ratios=(0, 0, 4, 128, 4, 128),

@@ -1,4 +1,4 @@
-"""What every test gets: the CPU, unless a GPU run asks otherwise, and the markers."""
+"""What every test gets: the CPU, a cache of compiled programs, and the markers."""
 
 import os
 
@@ -6,6 +6,18 @@ import pytest
 
 # Before anything imports jax.  `make test-gpu` sets it to cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_configure(config: pytest.Config):
+    """Let the processes of this run, and the next runs, share what XLA compiled.
+
+    Compiling takes most of the time of the tests.  A program from the cache is the one
+    that was compiled, so its results have the same bits; `pytest --cache-clear` drops
+    it.  Only with a size limit does jax lock the cache against other processes.
+    """
+    directory = config.rootpath / ".pytest_cache" / "d" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
