@@ -20,6 +20,7 @@ from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas.matmul import grouped_matmul
+from ds4jax.quant import dequantize
 
 
 def attend(
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
         self.q_b = linear("attn_q_b.weight")
         self.kv = linear("attn_kv.weight")
         self.kv_norm = RMSNorm(weights["attn_kv_a_norm.weight"], config.rms_eps)
-        self.sinks = nnx.Param(weights["attn_sinks.weight"])
+        self.sinks = nnx.Param(dequantize(weights["attn_sinks.weight"]))
         self.output_a = nnx.Param(weights["attn_output_a.weight"])
         self.output_b = linear("attn_output_b.weight")
         if ratio:
@@ -136,7 +137,8 @@ class Attention(nnx.Module):
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
-        return output, cache and LayerCache(raw, compressor, indexer), chosen
+        state = None if raw is None else LayerCache(raw, compressor, indexer)
+        return output, state, chosen
 
     def _choose(self, compressed, index, picked, rows):
         """Narrow the compressed rows to the indexer's choice.

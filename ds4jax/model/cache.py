@@ -25,8 +25,9 @@ DECODE_ROWS = 8
 XLA chooses the code of an op, and so its bits, by its shape.  The row contract (a
 row's result does not depend on how many rows the pass has) therefore holds by
 construction: a pass of 1 to 8 rows over a cache always has 8, the missing ones copies
-of the last that leave no trace.  A copy routes to the same experts, so it reads no
-more weights.  Longer passes are prefill, outside the contract.
+of the last that leave no trace, and takes one sequence after the other.  A copy routes
+to the same experts, so it reads no more weights.  Longer passes are prefill, outside
+the contract.
 """
 
 DEFAULT_SLACK = 32

@@ -63,7 +63,7 @@ class Compressor(nnx.Module):
         store = cache.rows if cache else jnp.zeros((x.shape[0], windows, self.width))
         done = index < (rows.end // self.ratio)[:, None]
         store = scatter(store, jnp.where(done, index, -1), pooled)
-        return store, cache and CompressorCache(inputs, store)
+        return store, None if inputs is None else CompressorCache(inputs, store)
 
     def _pool(self, view, index):
         """Return the pooled `[B, windows, N]` of each window in `index`."""
@@ -92,7 +92,8 @@ class Compressor(nnx.Module):
 def finished(rows: Rows, ratio: int, capacity: int) -> Bool[Array, "B T C"]:
     """Say which compressed rows each query sees: those complete at its position.
 
-    A row whose window ends exactly at the query is among them.
+    A row whose window ends exactly at the query is among them.  A padding row sees what
+    the last real row does: what it would complete itself is not there.
     """
-    count = (rows.positions + 1) // ratio
+    count = jnp.minimum(rows.positions + 1, rows.end[:, None]) // ratio
     return jnp.arange(capacity) < count[..., None]

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, rms
+from ds4jax.quant import dequantize
 
 
 def sinkhorn(
@@ -41,8 +42,8 @@ class HyperConnection(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.fn = Linear(weights["fn.weight"])
-        self.base = nnx.Param(weights["base.weight"])
-        self.scale = nnx.Param(weights["scale.weight"])
+        self.base = nnx.Param(dequantize(weights["base.weight"]))
+        self.scale = nnx.Param(dequantize(weights["scale.weight"]))
         self.config = config
 
     def __call__(
@@ -66,7 +67,7 @@ class HyperConnection(nnx.Module):
         post: Float[Array, "B T M"],
         mix: Float[Array, "B T M M"],
     ) -> Float[Array, "B T M D"]:
-        """Return `post_k * output + sum_j mix[j, k] * streams_j`: first index summed."""
+        """Return `post_k output + sum_j mix[j, k] streams_j`: first index summed."""
         carried = jnp.sum(mix[..., None] * streams[..., :, None, :], axis=-3)
         return post[..., None] * output[..., None, :] + carried
 
@@ -76,11 +77,12 @@ class HyperHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.fn = Linear(weights["fn.weight"])
-        self.base = nnx.Param(weights["base.weight"])
-        self.scale = nnx.Param(weights["scale.weight"])
+        self.base = nnx.Param(dequantize(weights["base.weight"]))
+        self.scale = nnx.Param(dequantize(weights["scale.weight"]))
         self.config = config
 
     def __call__(self, streams: Float[Array, "B T M D"]) -> Float[Array, "B T D"]:
+        """Return the weighted sum of the streams, un-normed."""
         maps = self.fn(_flatten(streams, self.config.rms_eps))
         maps = maps * self.scale.get_value() + self.base.get_value()
         share = jax.nn.sigmoid(maps) + self.config.hc_eps

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ds4jax.pallas.matmul import Weight, quant_matmul
+from ds4jax.quant import dequantize
 
 Weights = Mapping[str, Weight]
 """Weights by the names of `schema.py`, or by what follows a prefix of them."""
@@ -30,6 +31,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "*rows In"]) -> Float[Array, "*rows Out"]:
+        """Return `W x` in float32, the operands rounded to `dtype`."""
         return quant_matmul(x, self.weight.get_value(), self.dtype)
 
 
@@ -43,10 +45,11 @@ class RMSNorm(nnx.Module):
     """RMS norm with the weight as stored (no `+ 1`)."""
 
     def __init__(self, weight: Weight, eps: float):
-        self.weight = nnx.Param(weight)
+        self.weight = nnx.Param(dequantize(weight))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows N"]) -> Float[Array, "*rows N"]:
+        """Return `rms(x)` times the weight, in float32."""
         return rms(x, self.eps) * self.weight.get_value()
 
 

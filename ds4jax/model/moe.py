@@ -18,6 +18,7 @@ from ds4jax.pallas.matmul import (
     expert_matmul,
     experts_in_groups,
 )
+from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
 """ds4's guard on the denominator of the routing weights."""
@@ -32,7 +33,7 @@ class MoE(nnx.Module):
         if hashed:
             self.table = nnx.Variable(weights["ffn_gate_tid2eid.weight"])
         else:
-            self.bias = nnx.Variable(weights["exp_probs_b.bias"])
+            self.bias = nnx.Variable(dequantize(weights["exp_probs_b.bias"]))
         self.gate = nnx.Param(weights["ffn_gate_exps.weight"])
         self.up = nnx.Param(weights["ffn_up_exps.weight"])
         self.down = nnx.Param(weights["ffn_down_exps.weight"])
@@ -68,7 +69,7 @@ class MoE(nnx.Module):
         c = self.config
         prob = jnp.sqrt(jax.nn.softplus(self.router(x)))
         if self.hashed:
-            chosen = self.table.get_value()[tokens]
+            chosen = jax.tree.map(lambda table: table[tokens], self.table.get_value())
         else:
             _, chosen = jax.lax.top_k(prob + self.bias.get_value(), c.experts_used)
         picked = jnp.take_along_axis(prob, chosen, axis=-1)

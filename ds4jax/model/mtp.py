@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
@@ -17,7 +16,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.cache import Cache
 from ds4jax.model.hyper import HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
-from ds4jax.model.trunk import Layer, Trunk, fill_up
+from ds4jax.model.trunk import Layer, Trunk, each_alone, fill_up, under_contract
 
 Pairing = Literal["trained", "ds4"]
 
@@ -54,7 +53,7 @@ class MTPOutput:
 
 
 class MTPHead(nnx.Module):
-    """The MTP block of ds4's `mtp.0.*` tensors; embedding and LM head are the trunk's."""
+    """The MTP block, ds4's `mtp.0.*`; its embedding and LM head are the trunk's."""
 
     def __init__(self, config: ModelConfig, weights: Weights):
         weights = scope(weights, "mtp.0.")
@@ -85,14 +84,16 @@ class MTPHead(nnx.Module):
             `cache.length` the index of this pass's first.  None as for the trunk.
           count: how many of the T pairs are real, as for the trunk.
         """
-        width = tokens.shape[1]
+        batch, width = tokens.shape
+        if batch > 1 and under_contract(width, cache):
+            run = lambda *args: self(trunk, *args)  # noqa: E731
+            return each_alone(run, tokens, streams, cache, count)
         (tokens, streams), rows = fill_up((tokens, streams), cache, count)
         embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
         streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
         state = cache and cache.layers[0]
         streams, state, experts, _ = self.layer(streams, tokens, state, rows)
         logits = trunk.output(self.norm(self.head(streams)))
-        if cache is not None:
-            cache = Cache((state,), rows.end)
+        cache = None if state is None else Cache((state,), rows.end)
         cut = lambda x: x[:, :width]  # noqa: E731
         return MTPOutput(cut(logits), cut(streams), cache, cut(experts))

@@ -1,4 +1,4 @@
-"""Rotary embedding of the last R channels, interleaved pairs, YaRN on compressed layers.
+"""Rotary embedding: the last R channels, in interleaved pairs, YaRN if compressed.
 
 Neither table has a magnitude factor: ds4 and the reference config both cancel YaRN's
 (ARCHITECTURE §3).  Angles are float32 `position * frequency`.

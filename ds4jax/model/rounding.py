@@ -1,4 +1,4 @@
-"""ds4's simulated KV rounding: FP8 and F16 on cache rows, Hadamard + FP4 in the indexer.
+"""ds4's simulated KV rounding: FP8 and F16 on cache rows, Hadamard + FP4 on the index.
 
 Always on in ds4, absent from the Hugging Face reference (ARCHITECTURE §9); here it is
 `ModelConfig.kv_rounding`.  All of it is elementwise or a fixed butterfly, so a row's

@@ -80,9 +80,14 @@ class Layer(nnx.Module):
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
 
 
+def under_contract(width: int, cache: Cache | None) -> bool:
+    """Say whether a pass of `width` rows is a decode pass (see `cache.DECODE_ROWS`)."""
+    return cache is not None and width <= DECODE_ROWS
+
+
 def fill_up(
-    args: PyTree[Array, "inputs"], cache: Cache | None, count: Int[Array, "B"] | None
-) -> tuple[PyTree[Array, "inputs"], Rows]:
+    args: PyTree, cache: Cache | None, count: Int[Array, "B"] | None
+) -> tuple[PyTree, Rows]:
     """Place a pass's rows after what the cache holds, and fill up a decode pass.
 
     Args:
@@ -98,11 +103,20 @@ def fill_up(
     if count is None:
         count = jnp.full_like(start, width)
     offset = jnp.arange(width)
-    is_decode = cache is not None and width <= DECODE_ROWS
+    is_decode = under_contract(width, cache)
     if is_decode:
         offset = jnp.minimum(jnp.arange(DECODE_ROWS), width - 1)
         args = jax.tree.map(lambda x: x[:, offset], args)
     return args, Rows(start, count, start[:, None] + offset, is_decode)
+
+
+def each_alone(run, *args: PyTree):
+    """Return `run(*args)` computed for one sequence after the other.
+
+    So the shapes of a decode pass, which choose its bits, do not depend on B either.
+    """
+    alone = jax.tree.map(lambda x: x[:, None], args)
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(lambda a: run(*a), alone))
 
 
 class Trunk(nnx.Module):
@@ -140,7 +154,9 @@ class Trunk(nnx.Module):
             cache, and their outputs mean nothing.  All, by default.
           remat: recompute layers in the backward pass rather than keep them.
         """
-        width = tokens.shape[1]
+        batch, width = tokens.shape
+        if batch > 1 and under_contract(width, cache):
+            return each_alone(self, tokens, cache, count)
         tokens, rows = fill_up(tokens, cache, count)
         streams = jnp.repeat(
             self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ds4jax.quant import QuantTensor, dequantize
 
-Weight = QuantTensor | Array
+Weight = QuantTensor | Array | np.ndarray
 
 _EXPERTS_AT_ONCE = 16
 """Experts dequantised together by `experts_matmul`: bounds its memory at any E."""
