@@ -27,12 +27,8 @@ import ds4jax
 from ds4jax.errors import Ds4Error
 
 COMMANDS = {
-    "generate": "continue a prompt, speculatively or plainly",
-    "score": "log-probabilities of a given text",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
-    "convert": "write a GGUF file from another one or from a checkpoint",
-    "train": "train the tiny model",
-    "evaluate": "loss and draft acceptance of a model on held-out text",
+    "convert": "write GGUF files from a Hugging Face checkpoint",
 }
 """The commands, each with its line of `ds4jax --help`."""
 
