@@ -4,11 +4,15 @@ A ring of P slots keeps the row of position t in slot `t mod P` and is never shi
 a compressed row w is kept at index w.  What is live follows from `length` alone, so
 `cache.replace(length=length - m)` *is* the rollback of m <= slack tokens: slots past
 `length` hold garbage by design and are masked by position (ARCHITECTURE §12).
+
+The types of a pytree's fields are not checked at run time (`no_type_check`): JAX
+rebuilds its nodes around whatever stands for an array, a shape or None among them.
 """
 
 from __future__ import annotations
 
 import math
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +39,7 @@ DEFAULT_SLACK = 32
 
 
 @struct.dataclass
+@no_type_check
 class CompressorCache:
     """State of one compressor.
 
@@ -49,6 +54,7 @@ class CompressorCache:
 
 
 @struct.dataclass
+@no_type_check
 class LayerCache:
     """State of one layer.
 
@@ -64,6 +70,7 @@ class LayerCache:
 
 
 @struct.dataclass
+@no_type_check
 class Cache:
     """State of a stack of layers for B sequences.
 
@@ -86,6 +93,7 @@ class Cache:
 
 
 @struct.dataclass
+@no_type_check
 class Rows:
     """Which rows a pass computes.
 
@@ -113,6 +121,7 @@ class Rows:
 
 
 @struct.dataclass
+@no_type_check
 class View:
     """What the queries of one pass can look at: old rows and this pass's own.
 

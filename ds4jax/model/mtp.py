@@ -7,7 +7,7 @@ guesses t_{p+1}; `Pairing` makes it a switch (ARCHITECTURE §8).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
@@ -36,6 +36,7 @@ def pair(
 
 
 @struct.dataclass
+@no_type_check
 class MTPOutput:
     """Result of a pass of the head.
 

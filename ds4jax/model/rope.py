@@ -43,7 +43,7 @@ def frequencies(config: ModelConfig, compressed: bool) -> np.ndarray:
 
 def rotate(
     x: Float[Array, "*rows N"],
-    positions: Int[Array, "*rows"],
+    positions: Int[Array, "*#rows"],
     frequencies: np.ndarray,
     inverse: bool = False,
 ) -> Float[Array, "*rows N"]:

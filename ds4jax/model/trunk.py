@@ -6,6 +6,8 @@ One forward serves training (no cache), prefill (a cache and many rows) and deco
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -21,6 +23,7 @@ from ds4jax.quant import dequantize
 
 
 @struct.dataclass
+@no_type_check
 class Trace:
     """What a pass did inside; XLA drops what a caller does not use.
 
@@ -36,6 +39,7 @@ class Trace:
 
 
 @struct.dataclass
+@no_type_check
 class TrunkOutput:
     """Result of a pass.
 
