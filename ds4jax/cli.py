@@ -27,6 +27,7 @@ import ds4jax
 from ds4jax.errors import Ds4Error
 
 COMMANDS = {
+    "generate": "continue a prompt, speculatively or plainly",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
     "convert": "write GGUF files from a Hugging Face checkpoint",
 }

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("ds4jax",),
     ("config", "errors"),
-    ("schema", "quant", "quantize"),
+    ("schema", "quant", "quantize", "assets"),
     ("gguf", "hf", "tokenizer", "pallas"),
     ("model",),
     ("decode",),

@@ -7,6 +7,7 @@ and keep to the configurations that others use.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -124,7 +125,7 @@ def poison(cache: Cache, config: ModelConfig, value: float = np.nan) -> Cache:
         )
 
     ratios = config.compress_ratios if len(cache.layers) > 1 else (0,)
-    return cache.replace(
+    return dataclasses.replace(cache, 
         layers=tuple(
             LayerCache(
                 ring(layer.raw, lambda n: n - config.window + 1),

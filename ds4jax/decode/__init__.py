@@ -1,0 +1,1 @@
+"""Decoding as pure transitions on one `DecodeCarry`."""
