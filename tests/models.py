@@ -110,9 +110,10 @@ def poison(cache: Cache, config: ModelConfig, value: float = np.nan) -> Cache:
 
     def ring(store, oldest):
         size = store.shape[1]
-        live = lambda slot, n: slot in {  # noqa: E731
-            t % size for t in range(max(oldest(n), 0), n)
-        }
+
+        def live(slot, n):
+            return slot in {t % size for t in range(max(oldest(n), 0), n)}
+
         return blank(store, live)
 
     def compressor(state, ratio):
@@ -125,7 +126,8 @@ def poison(cache: Cache, config: ModelConfig, value: float = np.nan) -> Cache:
         )
 
     ratios = config.compress_ratios if len(cache.layers) > 1 else (0,)
-    return dataclasses.replace(cache, 
+    return dataclasses.replace(
+        cache,
         layers=tuple(
             LayerCache(
                 ring(layer.raw, lambda n: n - config.window + 1),
@@ -133,7 +135,7 @@ def poison(cache: Cache, config: ModelConfig, value: float = np.nan) -> Cache:
                 compressor(layer.indexer, ratio),
             )
             for layer, ratio in zip(cache.layers, ratios, strict=True)
-        )
+        ),
     )
 
 
