@@ -48,6 +48,19 @@ class Indexer(nnx.Module):
           Indices of the `N = min(top-k, C)` best rows, best first; whether each of
           them exists yet; and the state after.
         """
+        score, cache = self.scores(x, q_lora, cache, rows)
+        most = min(self.config.index_topk, score.shape[-1])
+        best, index = jax.lax.top_k(score, most)
+        return index, best > -jnp.inf, cache
+
+    def scores(
+        self,
+        x: Float[Array, "B T D"],
+        q_lora: Float[Array, "B T Q"],
+        cache: CompressorCache | None,
+        rows: Rows,
+    ) -> tuple[Float[Array, "B T C"], CompressorCache | None]:
+        """Return the score of each compressed row, -inf where there is none yet."""
         c = self.config
         rounded = c.kv_rounding == "ds4"
         # ds4's CPU path keeps the rounded keys in F16.
@@ -67,6 +80,4 @@ class Indexer(nnx.Module):
         match = jnp.einsum("btij,bcj->btic", query, keys, precision=exact)
         share = self.head_weights(x) * (c.index_dim * c.index_heads) ** -0.5
         score = jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
-        score = jnp.where(exists, score, -jnp.inf)
-        best, index = jax.lax.top_k(score, min(c.index_topk, keys.shape[1]))
-        return index, best > -jnp.inf, cache
+        return jnp.where(exists, score, -jnp.inf), cache
