@@ -166,7 +166,7 @@ NO_MTP = {k: v for k, v in OFFICIAL_WEIGHTS.items() if not k.startswith("mtp.")}
         (spoiled("mtp.0.norm.weight", np.nan), {}, "mtp.0.norm.weight"),
         (NO_MTP, {}, "has no MTP block; leave the flag out"),
         (OFFICIAL_WEIGHTS, {"mtp_out": "{}/./t.gguf"}, "expected another file than"),
-        (OFFICIAL_WEIGHTS, {"mtp_out": "{}/checkpoint"}, "it is a directory"),
+        (OFFICIAL_WEIGHTS, {"mtp_out": "{}/checkpoint"}, "it is not a regular file"),
         (OFFICIAL_WEIGHTS, {"mtp_out": "{}/none/m.gguf"}, "No such file or directory"),
         (OFFICIAL_WEIGHTS, {"hf": "{}/none"}, "config.json: expected a JSON file"),
         (OFFICIAL_WEIGHTS, {"types": "q3"}, "types"),

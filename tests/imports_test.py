@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("ds4jax",),
-    ("config", "errors"),
+    ("config", "errors", "files"),
     ("schema", "quant", "quantize", "assets"),
     ("gguf", "hf", "tokenizer", "pallas"),
     ("model",),

@@ -10,10 +10,8 @@ at a time, and both files appear when both are complete.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from ds4jax import gguf, hf, schema
 from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.errors import ConfigError, FileError
+from ds4jax.files import check_place, replacing
 from ds4jax.tokenizer import Tokenizer
 
 _HF = flags.DEFINE_string("hf", None, "Directory of the checkpoint.", required=True)
@@ -85,7 +84,11 @@ def main(argv: Sequence[str]):
         _note(f"the MTP block of {source} is left out; --mtp_out=FILE writes it")
     plan = QuantPlan.named(_TYPES.value)
     total = sum(len(weights) for _, weights, _, _ in jobs)
-    with _together([path for path, *_ in jobs]) as parts:
+    for path, *_ in jobs:
+        check_place(path)
+    with contextlib.ExitStack() as stack:
+        # Each is moved into place as the stack unwinds, if all are written.
+        parts = [stack.enter_context(replacing(path)) for path, *_ in jobs]
         with tqdm(total=total, unit="tensor", disable=None) as bar:
             for part, (_, weights, specs, metadata) in zip(parts, jobs, strict=True):
                 deferred: dict[str, Any] = {
@@ -111,28 +114,3 @@ def _vocabulary(source: Path, config: ModelConfig) -> dict[str, Any]:
 
 def _note(text: str):
     print(f"ds4jax convert: {text}", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _together(paths: list[Path]) -> Iterator[list[Path]]:
-    """Yield where to write each file; all are moved into place if all are written."""
-    with contextlib.ExitStack() as stack:
-        parts = []
-        for path in paths:
-            with _writing(path):
-                if path.is_dir():
-                    raise IsADirectoryError(None, "it is a directory")
-                room = tempfile.TemporaryDirectory(prefix=".convert-", dir=path.parent)
-                parts.append(Path(stack.enter_context(room)) / path.name)
-        yield parts
-        for part, path in zip(parts, paths, strict=True):
-            with _writing(path):
-                os.replace(part, path)
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror}") from error

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 
 from ds4jax import quant, schema
 from ds4jax.config import ModelConfig, QuantPlan
-from ds4jax.errors import ConfigError, FileError
+from ds4jax.errors import ConfigError
+from ds4jax.files import replacing
 from ds4jax.gguf.architecture import ARCHITECTURE
 from ds4jax.gguf.architecture import metadata as describe
 from ds4jax.gguf.container import MAX_AXES, PLAIN_DTYPES, VALUE_DTYPES
@@ -92,43 +93,34 @@ def write(
       FileError: if the file cannot be written.
     """
     path = pathlib.Path(path)
-    part = path.parent / f".{path.name}.{os.getpid()}.part"
-    writer = gguf.GGUFWriter(part, ARCHITECTURE)
-    try:
-        writer.add_custom_alignment(alignment)
-    except ValueError as error:
-        raise ConfigError(f"{path}: alignment {alignment}: {error}") from error
-    keys = ({} if name is None else {"general.name": name}) | dict(metadata)
-    for key, value in keys.items():
-        if key not in ("general.architecture", "general.alignment"):
-            writer.add_key_value(key, *_typed(f"{path}: metadata key {key}", value))
-    for tensor_name, (values, ggml_type) in tensors.items():
-        shape = np.shape(values)
-        size = _stored_bytes(f"{path}: tensor {tensor_name}", shape, ggml_type)
-        writer.add_tensor_info(
-            tensor_name,
-            shape,
-            np.dtype(np.float32),
-            size,
-            raw_dtype=GGMLQuantizationType[ggml_type],
-        )
-    try:
+    with (
+        replacing(path) as part,
+        contextlib.closing(gguf.GGUFWriter(part, ARCHITECTURE)) as writer,
+    ):
+        try:
+            writer.add_custom_alignment(alignment)
+        except ValueError as error:
+            raise ConfigError(f"{path}: alignment {alignment}: {error}") from error
+        keys = ({} if name is None else {"general.name": name}) | dict(metadata)
+        for key, value in keys.items():
+            if key not in ("general.architecture", "general.alignment"):
+                writer.add_key_value(key, *_typed(f"{path}: metadata key {key}", value))
+        for tensor_name, (values, ggml_type) in tensors.items():
+            shape = np.shape(values)
+            size = _stored_bytes(f"{path}: tensor {tensor_name}", shape, ggml_type)
+            writer.add_tensor_info(
+                tensor_name,
+                shape,
+                np.dtype(np.float32),
+                size,
+                raw_dtype=GGMLQuantizationType[ggml_type],
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor_name, (values, ggml_type) in tensors.items():
             what = f"{path}: tensor {tensor_name}"
             writer.write_tensor_data(_encode(what, np.asarray(values), ggml_type))
-        writer.close()
-        os.replace(part, path)
-    except OSError as error:
-        raise FileError(
-            f"{path}: cannot be written: {error.strerror or error}"
-        ) from error
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _typed(what: str, value: Any) -> tuple[Any, ...]:

@@ -1,0 +1,63 @@
+"""Files are written beside their place and moved there when they are complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds4jax.errors import FileError
+
+
+def check_place(path: Path):
+    """Try, before the work, whether a file can be written to `path`.
+
+    Raises:
+      FileError: if it cannot.
+    """
+    with _writing(path):
+        # A device such as /dev/null would be replaced, not written to.
+        if path.exists() and not path.is_file():
+            raise FileExistsError(None, "it is not a regular file")
+        tempfile.TemporaryFile(dir=path.parent).close()
+
+
+def make_folder(flag: str, path: str) -> Path:
+    """Return the folder that a flag names, made if it is not there.
+
+    Raises:
+      FileError: if it cannot be made.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"--{flag}={path}: {error.strerror}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write a file; it is moved to `path` if the block succeeds.
+
+    Raises:
+      FileError: if either cannot be done.
+    """
+    with (
+        _writing(path),
+        tempfile.TemporaryDirectory(prefix=".ds4jax-", dir=path.parent) as room,
+    ):
+        part = Path(room) / path.name
+        yield part
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise FileError(f"{path}: cannot be written: {reason}") from error
