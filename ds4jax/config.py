@@ -2,13 +2,13 @@
 
 `ModelConfig` is frozen and validated, so it can be a static jit argument.  Nothing
 elsewhere in the package is hard-coded to Flash.  Readers for GGUF metadata and for a
-Hugging Face `config.json` live in `gguf.py` and `hf.py`.
+Hugging Face `config.json` live in `gguf` and `hf`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from typing import Any, Literal
 
 from ds4jax.errors import ConfigError
@@ -94,20 +94,22 @@ class ModelConfig:
                     f"{field.name}: expected a non-negative integer, found {value!r}"
                 )
             if field.type == "float" and not (
-                isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+                type(value) in (int, float) and 0 < value <= sys.float_info.max
             ):
                 raise ConfigError(
                     f"{field.name}: expected a positive number, found {value!r}"
                 )
         for name in ("vocab", "hidden", "layers", "heads", "head_dim", "q_lora",
                      "o_lora", "o_groups", "window", "experts", "experts_used",
-                     "expert_ffn", "hc_streams", "sinkhorn_iters"):  # fmt: skip
+                     "expert_ffn", "hc_streams", "sinkhorn_iters",
+                     "yarn_original_context"):  # fmt: skip
             self._expect(name, getattr(self, name) > 0, "at least 1")
         self._expect(
             "compress_ratios",
-            len(self.compress_ratios) == self.layers
+            isinstance(self.compress_ratios, tuple)
+            and len(self.compress_ratios) == self.layers
             and all(type(r) is int and r >= 0 for r in self.compress_ratios),
-            f"{self.layers} non-negative integers, one per layer",
+            f"{self.layers} non-negative integers in a tuple, one per layer",
         )
         self._expect(
             "rope_dim",
@@ -128,6 +130,7 @@ class ModelConfig:
         self._expect(
             "dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"
         )
+        self._expect("compress_rope_theta", self.compress_rope_theta > 1, "above 1")
         if CSA_RATIO in self.compress_ratios:
             self._expect("index_heads", self.index_heads > 0, "at least 1")
             self._expect("index_topk", self.index_topk > 0, "at least 1")
