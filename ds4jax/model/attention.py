@@ -19,7 +19,7 @@ from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
-from ds4jax.pallas.matmul import grouped_matmul
+from ds4jax.pallas.matmul import einsum, grouped_matmul
 from ds4jax.quant import dequantize
 
 
@@ -38,17 +38,11 @@ def attend(
       sinks: a learned logit per head that takes probability and gives no value.
       dtype: operand type of the two products.
     """
-    exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    cast = lambda x: x.astype(dtype)  # noqa: E731
-    einsum = lambda *a: jnp.einsum(  # noqa: E731
-        *a, preferred_element_type=jnp.float32, precision=exact
-    )
     own = ["bsk" if rows.ndim == 3 else "btsk" for rows, _ in sources]
     logits = [
         jnp.where(
             visible[:, :, None],
-            einsum(f"bthk,{axes}->bths", cast(query), cast(rows))
-            * query.shape[-1] ** -0.5,
+            einsum(f"bthk,{axes}->bths", query, rows, dtype) * query.shape[-1] ** -0.5,
             -jnp.inf,
         )
         for axes, (rows, visible) in zip(own, sources, strict=True)
@@ -61,7 +55,7 @@ def attend(
     for axes, part, (rows, _) in zip(own, logits, sources, strict=True):
         weight = jnp.exp(part - peak[..., None])
         total = total + jnp.sum(weight, axis=-1)
-        summed = summed + einsum(f"bths,{axes}->bthk", cast(weight), cast(rows))
+        summed = summed + einsum(f"bths,{axes}->bthk", weight, rows, dtype)
     return summed / total[..., None]
 
 

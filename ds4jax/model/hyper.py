@@ -26,11 +26,13 @@ def sinkhorn(
     """
     mix = jax.nn.softmax(logits, axis=-1) + eps
     mix = mix / (jnp.sum(mix, axis=-2, keepdims=True) + eps)
-    # Unrolled: a loop would cost a launch per iteration for 16 numbers a row.
-    for _ in range(iterations - 1):
+
+    def rows_then_columns(mix, _):
         mix = mix / (jnp.sum(mix, axis=-1, keepdims=True) + eps)
-        mix = mix / (jnp.sum(mix, axis=-2, keepdims=True) + eps)
-    return mix
+        return mix / (jnp.sum(mix, axis=-2, keepdims=True) + eps), None
+
+    # A loop: unrolled, it is half of all that XLA has to compile.
+    return jax.lax.scan(rows_then_columns, mix, length=iterations - 1)[0]
 
 
 def _flatten(streams: Float[Array, "B T M D"], eps: float) -> Float[Array, "B T MD"]:

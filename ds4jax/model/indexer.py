@@ -16,6 +16,7 @@ from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.layers import Linear, Weights, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_index
+from ds4jax.pallas.matmul import einsum
 
 
 class Indexer(nnx.Module):
@@ -76,8 +77,7 @@ class Indexer(nnx.Module):
 
         exists = finished(rows, CSA_RATIO, keys.shape[1])
         keys = blank_invisible(keys, exists)
-        exact = jax.lax.Precision.HIGHEST
-        match = jnp.einsum("btij,bcj->btic", query, keys, precision=exact)
+        match = einsum("btij,bcj->btic", query, keys, c.dtype)
         share = self.head_weights(x) * (c.index_dim * c.index_heads) ** -0.5
         score = jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
         return jnp.where(exists, score, -jnp.inf), cache

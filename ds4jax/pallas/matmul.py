@@ -7,6 +7,8 @@ dot.  It serves every device, and is the reference for any kernel.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,24 +19,53 @@ from ds4jax.quant import QuantTensor, dequantize
 Weight = QuantTensor | Array | np.ndarray
 
 _EXPERTS_AT_ONCE = 16
-"""Experts dequantised together by `experts_matmul`: bounds its memory at any E."""
+"""Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
 
 
+def _precision(dtype: str) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == "float32" else None
+
+
+def einsum(spec: str, x: Array, w: Array, dtype: str) -> Array:
+    """Return `jnp.einsum(spec, x, w)` in float32, the operands rounded to `dtype`.
+
+    The gradient's products have operands of `dtype` too.
+    """
+    return _einsum(spec, x, w, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def _einsum(spec: str, x: Array, w: Array, dtype: str) -> Array:
     return jnp.einsum(
         spec,
         x.astype(dtype),
         w.astype(dtype),
         preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
+        precision=_precision(dtype),
     )
+
+
+def _einsum_forward(spec, x, w, dtype):
+    return _einsum(spec, x, w, dtype), (x, w)
+
+
+def _einsum_backward(spec, dtype, operands, cotangent):
+    precision = _precision(dtype)
+    product = lambda x, w: jnp.einsum(spec, x, w, precision=precision)  # noqa: E731
+    rounded = (operand.astype(dtype) for operand in operands)
+    _, pull_back = jax.vjp(product, *rounded)
+    found = pull_back(cotangent.astype(dtype))
+    return tuple(f.astype(o.dtype) for f, o in zip(found, operands, strict=True))
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def quant_matmul(
     x: Float[Array, "*rows In"], w: Weight, dtype: str = "float32"
 ) -> Float[Array, "*rows Out"]:
     """Return `x @ w.T` in float32, for `w [Out, In]`."""
-    return _einsum("...i,oi->...o", x, dequantize(w), dtype)
+    return einsum("...i,oi->...o", x, dequantize(w), dtype)
 
 
 def grouped_matmul(
@@ -47,7 +78,7 @@ def grouped_matmul(
     """
     groups, width = x.shape[-2:]
     w = dequantize(w).reshape(groups, -1, width)
-    return _einsum("...gi,goi->...go", x, w, dtype)
+    return einsum("...gi,goi->...go", x, w, dtype)
 
 
 def expert_matmul(
@@ -61,7 +92,7 @@ def expert_matmul(
     Only the chosen experts are read and dequantised.
     """
     chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
-    return _einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
+    return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
 
 
 def experts_in_groups(w: Weight, experts: int) -> tuple[Weight, int]:
@@ -87,4 +118,4 @@ def every_expert_matmul(
     `x` is `[N, In]`, shared by the experts, or `[E, N, In]`.
     """
     spec = "ni,eoi->eno" if x.ndim == 2 else "eni,eoi->eno"
-    return _einsum(spec, x, dequantize(w), dtype)
+    return einsum(spec, x, dequantize(w), dtype)
