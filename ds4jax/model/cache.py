@@ -219,7 +219,8 @@ def _compressor_cache(
     halves = 2 if ratio == CSA_RATIO else 1
     return CompressorCache(
         inputs=jnp.zeros((batch, halves * ratio + slack, 2, halves * width)),
-        rows=jnp.zeros((batch, capacity // ratio, width)),
+        # XLA has no maximum over no rows; one that never gets live is masked.
+        rows=jnp.zeros((batch, max(capacity // ratio, 1), width)),
     )
 
 
@@ -269,6 +270,10 @@ def empty(
 
 
 def nbytes(config: ModelConfig, max_context: int, mtp: bool = False) -> int:
-    """Return the bytes of a cache for one sequence, without allocating it."""
+    """Return the bytes of a cache for one sequence, without allocating it.
+
+    Raises:
+      CapacityError: as `empty`.
+    """
     ratios = (0,) if mtp else None
     return jax.eval_shape(lambda: empty(config, max_context, ratios=ratios)).nbytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, no_type_check
 
+import jax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
@@ -16,7 +17,14 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.cache import Cache
 from ds4jax.model.hyper import HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
-from ds4jax.model.trunk import Layer, Trunk, each_alone, fill_up, under_contract
+from ds4jax.model.trunk import (
+    Layer,
+    Trunk,
+    each_alone,
+    fill_up,
+    seal,
+    under_contract,
+)
 
 Pairing = Literal["trained", "ds4"]
 
@@ -96,5 +104,6 @@ class MTPHead(nnx.Module):
         streams, state, experts, _ = self.layer(streams, tokens, state, rows)
         logits = trunk.output(self.norm(self.head(streams)))
         cache = None if state is None else Cache((state,), rows.end)
-        cut = lambda x: x[:, :width]  # noqa: E731
-        return MTPOutput(cut(logits), cut(streams), cache, cut(experts))
+        results, cache = seal(((logits, streams, experts), cache), rows)
+        logits, streams, experts = jax.tree.map(lambda x: x[:, :width], results)
+        return MTPOutput(logits, streams, cache, experts)

@@ -111,7 +111,18 @@ def fill_up(
     if is_decode:
         offset = jnp.minimum(jnp.arange(DECODE_ROWS), width - 1)
         args = jax.tree.map(lambda x: x[:, offset], args)
-    return args, Rows(start, count, start[:, None] + offset, is_decode)
+    rows = Rows(start, count, start[:, None] + offset, is_decode)
+    return seal((args, rows), rows)
+
+
+def seal(results: PyTree, rows: Rows) -> PyTree:
+    """Return the results of a pass; what becomes of them no longer changes their bits.
+
+    XLA fuses a caller's arithmetic, even a cut to T rows, into what produced its
+    operand, and may then sum in another order.  Decode passes are therefore closed at
+    both ends, here and in `fill_up`.
+    """
+    return jax.lax.optimization_barrier(results) if rows.is_decode else results
 
 
 def each_alone(run, *args: PyTree):
@@ -180,5 +191,6 @@ class Trunk(nnx.Module):
         logits = self.output(self.norm(self.head(streams)))
         if cache is not None:
             cache = Cache(tuple(states), rows.end)
-        cut = lambda x: x[:, :width]  # noqa: E731
-        return TrunkOutput(cut(logits), cut(streams), cache, jax.tree.map(cut, trace))
+        logits, cache, trace = seal((logits, cache, trace), rows)
+        logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))
+        return TrunkOutput(logits, trace.streams[-1], cache, trace)
