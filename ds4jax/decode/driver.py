@@ -99,4 +99,5 @@ def stream(
 def committed(carry: DecodeCarry, sequence: int = 0) -> list[int]:
     """Return the tokens of one sequence."""
     length = int(carry.length[sequence])
-    return np.asarray(carry.tokens[sequence, :length]).tolist()
+    # Sliced on the host: on the device each length would be compiled.
+    return np.asarray(carry.tokens)[sequence, :length].tolist()

@@ -82,7 +82,7 @@ def prefill_chunk(
     )
     newest = _row(out.streams, count - 1)
     streams = carry.anchor.streams.at[:, 0].set(newest)
-    rows = jnp.where(following < 0, 1, 0)
+    rows = (following < 0).astype(jnp.int32)
     return dataclasses.replace(
         carry, mtp_cache=head.cache, anchor=Anchor(streams, rows)
     )
