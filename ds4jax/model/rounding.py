@@ -3,6 +3,10 @@
 Always on in ds4, absent from the Hugging Face reference (ARCHITECTURE §9); here it is
 `ModelConfig.kv_rounding`.  All of it is elementwise or a fixed butterfly, so a row's
 bits never depend on other rows.
+
+Where it is not ds4's bit for bit: -0 keeps its sign, XLA on the CPU flushes subnormal
+float32 (below 2^-126), and a scale just above a power of two is exact here, where ds4's
+`ceilf(log2f(x))` may round it down.
 """
 
 from __future__ import annotations
