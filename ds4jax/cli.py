@@ -28,7 +28,10 @@ from ds4jax.errors import Ds4Error
 
 COMMANDS = {
     "generate": "continue a prompt, speculatively or plainly",
+    "score": "write the logits and streams that a model gives a text",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
+    "train": "train the tiny model",
+    "evaluate": "loss and draft acceptance on held-out text",
     "convert": "write GGUF files from a Hugging Face checkpoint",
 }
 """The commands, each with its line of `ds4jax --help`."""

@@ -15,6 +15,9 @@ from ds4jax.train.corpus import Document
 WORDS = "the quick brown fox jumps over a lazy dog while 1234 stars shine".split()
 
 
+TRUNCATED = gzip.compress(b"abc" * 99, mtime=0)[:-9]
+
+
 def prose(seed, words=4000):
     chosen = np.random.default_rng(seed).choice(WORDS, words)
     return " ".join(chosen).replace(" a ", "\na é漢 ")
@@ -89,7 +92,11 @@ def test_a_line_longer_than_a_document_is_cut_anywhere(tmp_path):
         ("a.jsonl", jsonl({"text": 3}), r"a\.jsonl:1: .*'text'"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: .*surrogate"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], r"a\.txt\.gz: cannot be read"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"abc" * 99, mtime=0)[:-9],
+            r"a\.txt\.gz: cannot be read",
+        ),
         ("a.txt", b" \n", "at least 2 documents.*found 0"),
         ("a.txt", b"only one", "at least 2 documents.*found 1"),
     ],

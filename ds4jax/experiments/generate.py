@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,27 +21,27 @@ import jax
 import numpy as np
 from absl import flags
 
-from ds4jax import assets, gguf
+from ds4jax import gguf
 from ds4jax.decode import driver
-from ds4jax.errors import ConfigError, FileError, TokenError
-from ds4jax.model import deepseek
+from ds4jax.errors import ConfigError, FileError
+from ds4jax.experiments import model_flags, token_flags
+from ds4jax.files import check_place, replacing
 from ds4jax.model.deepseek import Model
 from ds4jax.tokenizer import Tokenizer
 
 DEFAULT_PROMPT = "It was a bright morning, and the old man walked down to the"
 
-_GGUF = flags.DEFINE_string("gguf", None, "Trunk file; the shipped one by default.")
-_MTP = flags.DEFINE_string(
-    "mtp", None, "MTP file; the shipped one by default, if the trunk is."
-)
+flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(token_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File of text to continue.")
-_TOKENS = flags.DEFINE_string(
-    "tokens", None, "Token ids to continue: 1,2,3 or @FILE of them."
+_PROMPT_FILE = flags.DEFINE_string(
+    "prompt_file", None, "File of text to continue, its last line end included."
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Render the prompt as a chat's question.")
 _THINK = flags.DEFINE_bool("think", False, "With --chat, ask for reasoning first.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "Most tokens to decode.")
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 128, "Most tokens to decode.", lower_bound=1
+)
 _MODE = flags.DEFINE_enum(
     "mode", "continuous", ["plain", "continuous"], "How to decode; same tokens."
 )
@@ -83,22 +81,26 @@ class Summary:
 
 
 def main(argv: Sequence[str]):
-    """Run the command."""
+    """Continue the prompt that the flags name.
+
+    Raises:
+      FileError, ConfigError, TokenError: for a flag or file that cannot be used.
+      CapacityError: if the model or the text does not fit in memory.
+    """
+    del argv
     for path in filter(None, (_STATS.value, _OUT_TOKENS.value)):
-        if not Path(path).resolve().parent.is_dir():
-            raise FileError(f"{path}: its folder does not exist; make it first")
-    if _MAX_TOKENS.value < 1:
-        raise ConfigError(
-            f"--max_tokens: expected at least 1, found {_MAX_TOKENS.value}"
-        )
-    model, tokenizer = _load()
-    prompt = _read_prompt(tokenizer)
+        check_place(Path(path))
+    given = _read_prompt()
     modes = ["continuous", "plain"] if _COMPARE.value else [_MODE.value]
-    if "continuous" in modes and not model.mtp:
+    if "continuous" in modes and not model_flags.mtp_path():
         raise ConfigError(
             "--mode=continuous: needs an MTP file to draft with; see --mtp"
         )
-    runs = [_decode(model, tokenizer, prompt, mode) for mode in modes]
+    with model_flags.within_memory():
+        model = model_flags.load()
+        tokenizer = _load_tokenizer()
+        prompt = _encode(given, tokenizer, model.config.vocab)
+        runs = [_decode(model, tokenizer, prompt, mode) for mode in modes]
     tokens, summary = runs[0]
     if _COMPARE.value:
         _print_verdict(runs)
@@ -108,64 +110,80 @@ def main(argv: Sequence[str]):
         _write(_STATS.value, json.dumps(dataclasses.asdict(summary), indent=1) + "\n")
 
 
-def _load() -> tuple[Model, Tokenizer]:
-    trunk = _GGUF.value or assets.trunk()
-    mtp = _MTP.value or (None if _GGUF.value else assets.mtp())
-    config, weights = gguf.load_trunk(trunk)
-    head = gguf.load_mtp(mtp, config) if mtp else None
-    tokenizer = Tokenizer.from_metadata(gguf.read(trunk).metadata)
-    return deepseek.build(config, weights, head), tokenizer
-
-
-def _read_prompt(tokenizer: Tokenizer) -> list[int]:
-    given = [f for f in (_PROMPT, _PROMPT_FILE, _TOKENS) if f.value is not None]
+def _read_prompt() -> str | list[int]:
+    """Return the text or the ids to continue."""
+    prompts = (_PROMPT, _PROMPT_FILE, token_flags.TOKENS)
+    given = [flag.name for flag in prompts if flag.value is not None]
     if len(given) > 1:
-        names = " and ".join(f"--{flag.name}" for flag in given)
+        names = " and ".join(f"--{name}" for name in given)
         raise ConfigError(f"{names}: expected one prompt; leave the others out")
-    if _TOKENS.value is not None:
+    if _THINK.value and not _CHAT.value:
+        raise ConfigError("--think: expected --chat with it; add that or leave it out")
+    if token_flags.TOKENS.value is not None:
         if _CHAT.value:
             raise ConfigError("--chat: expected text, found --tokens; leave one out")
-        return _parse_ids(_TOKENS.value)
-    text = _PROMPT.value if _PROMPT.value is not None else DEFAULT_PROMPT
+        return token_flags.read_ids()
     if _PROMPT_FILE.value is not None:
-        text = _read_text(_PROMPT_FILE.value)
+        return token_flags.read_text(_PROMPT_FILE.value)
+    return DEFAULT_PROMPT if _PROMPT.value is None else _PROMPT.value
+
+
+def _load_tokenizer() -> Tokenizer | None:
+    """Return the vocabulary of the trunk's file, or None if it has none."""
+    path = model_flags.trunk_path()
+    metadata = gguf.read(path).metadata
+    if "tokenizer.ggml.tokens" not in metadata:
+        return None
+    try:
+        return Tokenizer.from_metadata(metadata)
+    except ConfigError as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+def _encode(
+    given: str | list[int], tokenizer: Tokenizer | None, vocab: int
+) -> list[int]:
+    """Return the ids of a prompt."""
+    if not isinstance(given, str):
+        token_flags.check_ids(given, vocab)
+        return given
+    if tokenizer is None:
+        raise FileError(
+            f"{model_flags.trunk_path()}: has no vocabulary to read text with; give ids"
+            " with --tokens"
+        )
     if _CHAT.value:
-        return tokenizer.chat(text, think=_THINK.value)
-    return [tokenizer.bos, *tokenizer.encode(text)]
+        return tokenizer.chat(given, think=_THINK.value)
+    return [tokenizer.bos, *tokenizer.encode(given)]
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: cannot be read as text: {error}") from None
+class _IdStream:
+    """Shows ids where there is no vocabulary, in the place of a `TokenStream`."""
 
+    def push(self, token: int) -> str:
+        return f"{token} "
 
-def _parse_ids(words: str) -> list[int]:
-    if words.startswith("@"):
-        words = _read_text(words[1:])
-    try:
-        return [int(word) for word in words.replace(",", " ").split()]
-    except ValueError as error:
-        raise TokenError(f"--tokens: expected ids such as 1,2,3: {error}") from None
+    def flush(self) -> str:
+        return ""
 
 
 def _decode(
-    model: Model, tokenizer: Tokenizer, prompt: list[int], mode: str
+    model: Model, tokenizer: Tokenizer | None, prompt: list[int], mode: str
 ) -> tuple[list[int], Summary]:
     """Decode in one mode, printing the text as it comes, then the summary."""
     depth = 1 if mode == "continuous" else 0
     limit = _MAX_TOKENS.value
+    eos = tokenizer.eos if tokenizer else -1
     print(f"[{mode}] compiling ...", file=sys.stderr, flush=True)
     warm = driver.start(model, prompt, limit, depth)
-    jax.block_until_ready(driver.run(model, warm, depth, tokenizer.eos, 1))
+    next(driver.stream(model, warm, depth, eos, every=1))
 
     before = time.perf_counter()
     carry = jax.block_until_ready(driver.start(model, prompt, limit, depth))
     prefill = time.perf_counter() - before
-    text = tokenizer.stream()
+    text = tokenizer.stream() if tokenizer else _IdStream()
     before = time.perf_counter()
-    for state, new in driver.stream(model, carry, depth, tokenizer.eos):
+    for state, new in driver.stream(model, carry, depth, eos):
         print("".join(text.push(token) for token in new), end="", flush=True)
         carry = state
     decode = time.perf_counter() - before
@@ -177,7 +195,7 @@ def _decode(
         prompt_tokens=len(prompt),
         tokens=len(tokens),
         target_passes=counts["passes"],
-        shared_reads_per_token=counts["passes"] / max(len(tokens), 1),
+        shared_reads_per_token=counts["passes"] / len(tokens),
         drafted=counts["drafted"],
         accepted=counts["accepted"],
         prefill_tokens_per_second=len(prompt) / prefill,
@@ -209,13 +227,10 @@ def _print_verdict(runs: Sequence[tuple[list[int], Summary]]):
     print(
         f"continuous and plain are {same}: {fast.tokens} tokens,"
         f" {saved} of {plain.target_passes} target passes saved"
-        f" ({saved / max(plain.target_passes, 1):.0%})"
+        f" ({saved / plain.target_passes:.0%})"
     )
 
 
 def _write(path: str, text: str):
-    """Write a file beside its place and move it there."""
-    folder = Path(path).resolve().parent
-    with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    with replacing(Path(path)) as part:
+        part.write_text(text)

@@ -169,6 +169,37 @@ def copy_prompts(
 ) -> list[CopyPrompt]:
     """Draw `count` prompts that ask for a copy of a passage of the documents.
 
+    Args:
+      documents: held-out documents.
+      tokenizer: the model's.
+      count: how many.
+      passage: tokens of a passage, as `text_prompts` draws it.
+      seen: tokens of the copy that the prompt already holds.
+      seed: any non-negative integer.
+
+    Raises:
+      ConfigError: if `seen` is not below `passage`, or as `text_prompts`.
+    """
+    if not 0 <= seen < passage:
+        raise ConfigError(f"seen: expected 0..{passage - 1}, found {seen}")
+    copies = _CopyWriter(tokenizer)
+    prompts = []
+    for prompt in text_prompts(documents, tokenizer, count, passage, seed):
+        text = copies.write(prompt[1:])[:-1]
+        cut = text.size - (passage - seen)
+        prompts.append(CopyPrompt(text[:cut], text[cut:]))
+    return prompts
+
+
+def text_prompts(
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    count: int,
+    passage: int,
+    seed: int,
+) -> list[Int32[np.ndarray, " n"]]:
+    """Draw `count` prompts: BOS and a passage of the documents.
+
     As long as there are documents enough, no two are from the same one.
 
     Args:
@@ -176,18 +207,14 @@ def copy_prompts(
       tokenizer: the model's.
       count: how many.
       passage: tokens of a passage; it starts at a line and ends within its document.
-      seen: tokens of the copy that the prompt already holds.
       seed: any non-negative integer.
 
     Raises:
-      ConfigError: if `seen` is not below `passage`, or the documents hold fewer than
-        `count` lines with a passage after them.
+      ConfigError: if the documents hold fewer than `count` lines with a passage after
+        them.
     """
-    if not 0 <= seen < passage:
-        raise ConfigError(f"seen: expected 0..{passage - 1}, found {seen}")
     tokens = tokenise(tokenizer, documents)
-    copies = _CopyWriter(tokenizer)
-    start, _ = copies.passages(tokens, passage)
+    start, _ = _CopyWriter(tokenizer).passages(tokens, passage)
     if start.size < count:
         raise ConfigError(
             f"count: expected at most {start.size}, the lines that {passage} tokens "
@@ -202,12 +229,10 @@ def copy_prompts(
     )
     turn = np.empty_like(start)
     turn[by_document] = np.arange(start.size) - np.repeat(first, members)
-    prompts = []
-    for a in start[np.argsort(turn, kind="stable")[:count]]:
-        text = copies.write(tokens[a : a + passage])[:-1].astype(np.int32)
-        cut = text.size - (passage - seen)
-        prompts.append(CopyPrompt(text[:cut], text[cut:]))
-    return prompts
+    return [
+        np.concatenate([[tokenizer.bos], tokens[a : a + passage]]).astype(np.int32)
+        for a in start[np.argsort(turn, kind="stable")[:count]]
+    ]
 
 
 class _CopyWriter:
