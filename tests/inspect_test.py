@@ -36,7 +36,7 @@ def cells(text: str, title: str) -> list[list[str]]:
 
 def test_trunk_tells_architecture_and_bytes(trunk):
     file = gguf.read(trunk)
-    text = inspect.report(file)
+    text = inspect.report(file, 4096)
     total = sum(tensor.nbytes for tensor in file.tensors.values())
     count = len(schema.trunk(TINY))
     assert text.startswith(f"{trunk}: trunk, {count} tensors, {total:,} bytes (")
@@ -56,7 +56,7 @@ def test_trunk_tells_architecture_and_bytes(trunk):
 def test_trunk_tells_what_a_pass_reads(trunk):
     file = gguf.read(trunk)
     sizes = {name: tensor.nbytes for name, tensor in file.tensors.items()}
-    one, two = cells(inspect.report(file), "weight bytes that one pass reads")
+    one, two = cells(inspect.report(file, 4096), "weight bytes that one pass reads")
     assert one[2] == f"{footprint.bytes_read(sizes, TINY, 1):,.0f}"
     assert two[2] == f"{footprint.bytes_read(sizes, TINY, 2):,.0f}"
     assert (one[3], one[4]) == ("x1.000", "2")
@@ -65,15 +65,15 @@ def test_trunk_tells_what_a_pass_reads(trunk):
 
 def test_tensors_are_listed_when_asked_for(trunk):
     file = gguf.read(trunk)
-    assert "output_norm.weight" not in inspect.report(file)
-    rows = cells(inspect.report(file, list_tensors=True), "tensors")
+    assert "output_norm.weight" not in inspect.report(file, 4096)
+    rows = cells(inspect.report(file, 4096, list_tensors=True), "tensors")
     assert len(rows) == len(file.tensors)
     assert ["blk.2.indexer.proj.weight", "F16", "4x256", "2,048"] in rows
 
 
 def test_an_mtp_block_has_no_architecture_of_its_own(tmp_path):
     path = write(tmp_path / "m.gguf", schema.mtp(TINY))
-    text = inspect.report(gguf.read(path))
+    text = inspect.report(gguf.read(path), 4096)
     assert text.startswith(f"{path}: MTP block, 32 tensors, ")
     assert "architecture" not in text and "reads" not in text
     assert ["MTP", "projections", "2"] in [r[:3] for r in cells(text, "bytes by group")]
@@ -83,7 +83,7 @@ def test_a_file_without_an_architecture_is_refused(tmp_path):
     path = tmp_path / "bare.gguf"
     gguf.write(path, {}, {"token_embd.weight": (np.zeros((2, 2), np.float32), "F32")})
     with pytest.raises(ConfigError, match="bare.gguf: .*deepseek4.* is missing"):
-        inspect.report(gguf.read(path))
+        inspect.report(gguf.read(path), 4096)
 
 
 def run(*words):
@@ -96,7 +96,7 @@ def run(*words):
 
 def test_the_command_prints_the_report(trunk):
     done = run(trunk, "--tensors")
-    expected = inspect.report(gguf.read(trunk), list_tensors=True) + "\n"
+    expected = inspect.report(gguf.read(trunk), 32768, list_tensors=True) + "\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 

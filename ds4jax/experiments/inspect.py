@@ -1,6 +1,6 @@
 """Tell what is in a GGUF file, and what decoding reads of it.
 
-Only the header is read, so a file of 80 GiB takes a second.  Of the routed experts a
+Only the header is read, so a file of 80 GiB takes seconds.  Of the routed experts a
 pass reads those that its rows chose; two rows are taken to choose independently and
 uniformly, which real rows do not: they agree more often, and read less.
 
@@ -19,20 +19,25 @@ from absl import flags
 from ds4jax import gguf
 from ds4jax.config import ModelConfig
 from ds4jax.experiments import footprint
+from ds4jax.model import cache
 
 ARGUMENTS = ("FILE",)
 _TENSORS = flags.DEFINE_bool("tensors", False, "List every tensor.")
+_MAX_CONTEXT = flags.DEFINE_integer(
+    "max_context", 32768, "Tokens whose state is measured.", lower_bound=1
+)
 
 
 def main(argv: Sequence[str]):
     """Print the report of one file."""
-    print(report(gguf.read(argv[1]), list_tensors=_TENSORS.value))
+    print(report(gguf.read(argv[1]), _MAX_CONTEXT.value, list_tensors=_TENSORS.value))
 
 
-def report(file: gguf.GGUF, *, list_tensors: bool = False) -> str:
+def report(file: gguf.GGUF, max_context: int, *, list_tensors: bool = False) -> str:
     """Return the description of a trunk or MTP file, many lines long.
 
-    An MTP file does not say its architecture, so it gets no table of that and of reads.
+    An MTP file does not say its architecture, so it gets no table of that, of reads
+    and of the state of a sequence of `max_context` tokens.
 
     Raises:
       FileError, ConfigError: if a file other than an MTP block has no architecture.
@@ -53,6 +58,8 @@ def report(file: gguf.GGUF, *, list_tensors: bool = False) -> str:
     lines += ["", "bytes by group", *_shares(groups)]
     if config:
         lines += ["", "weight bytes that one pass reads", *_reads(sizes, config)]
+        title = f"bytes of state of a sequence of up to {max_context:,} tokens"
+        lines += ["", title, *_state(config, max_context)]
     if list_tensors:
         lines += ["", "tensors", *map(_line, tensors)]
     return "\n".join(lines)
@@ -85,6 +92,11 @@ def _reads(sizes: dict[str, int], config: ModelConfig) -> Iterable[str]:
             f"  {label:20}{read:25,.0f}  x{read / one:.3f}"
             f"  {experts:.4g} of {config.experts} experts a layer"
         )
+
+
+def _state(config: ModelConfig, max_context: int) -> Iterable[str]:
+    for label, mtp in (("trunk", False), ("MTP block", True)):
+        yield f"  {label:20}{cache.nbytes(config, max_context, mtp):25,}"
 
 
 def _line(tensor: gguf.Tensor) -> str:
