@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ds4jax import quant
+from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.pallas.matmul import (
     einsum,
     every_expert_matmul,
@@ -176,14 +177,17 @@ def products(size: int, out: int):
 @SHAPES
 @pytest.mark.parametrize("name", ["quant", "grouped", "expert", "every", "own"])
 def test_a_rows_bits_do_not_depend_on_the_others(name, size, out):
-    """Nor on its place, nor on how many there are, from 2 to 8."""
+    """Nor on its place.
+
+    How many there are may matter, and does from XLA of jax 0.12 on: that is why every
+    decode pass is of as many.
+    """
     product = jax.jit(products(size, out)[name])
-    x = np.random.default_rng(1).standard_normal((8, 2, size), np.float32)
+    n = DECODE_ROWS
+    x = np.random.default_rng(1).standard_normal((n, 2, size), np.float32)
     expected = np.asarray(product(x))
-    for width in range(2, 8):
-        same(product(x[:width]), expected[:width], err_msg=f"{width} rows")
-    for shift in range(1, 8):
+    for shift in range(1, n):
         found = product(np.roll(x, shift, axis=0))
         same(found, np.roll(expected, shift, axis=0), err_msg=f"moved by {shift}")
-        alone = np.where(np.arange(8)[:, None, None] == shift, x, -100 * x)
+        alone = np.where(np.arange(n)[:, None, None] == shift, x, -100 * x)
         same(product(alone)[shift], expected[shift], err_msg=f"row {shift}")
