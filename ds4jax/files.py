@@ -42,6 +42,8 @@ def make_folder(flag: str, path: str) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield where to write a file; it is moved to `path` if the block succeeds.
 
+    Once there it is also on the disk: a power cut leaves the old file or the new one.
+
     Raises:
       FileError: if either cannot be done.
     """
@@ -51,7 +53,18 @@ def replacing(path: Path) -> Iterator[Path]:
     ):
         part = Path(room) / path.name
         yield part
+        _flush(part)
         os.replace(part, path)
+        _flush(path.parent)
+
+
+def _flush(path: Path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -77,6 +77,16 @@ def test_it_is_quantised():
             assert isinstance(weights[name], QuantTensor), name
 
 
+@pytest.mark.parametrize("kind", assets.PROMPTS)
+def test_a_prompt_is_long_enough_to_study(kind):
+    """At least 256 tokens, and one of them says again what it says first."""
+    tokens = tokenizer().encode(assets.prompt(kind).read_text())
+    assert 256 <= len(tokens) <= 1024
+    tail = tokens[-8:]
+    repeats = any(tokens[i : i + 8] == tail for i in range(len(tokens) - 8))
+    assert repeats == (kind == "copy")
+
+
 def test_both_files_are_small():
     sizes = [path().stat().st_size for path in (assets.trunk, assets.mtp)]
     assert sum(sizes) <= MOST_BYTES, sizes

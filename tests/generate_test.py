@@ -59,7 +59,7 @@ def test_compares_modes_and_writes_what_it_did(generate, files, tokenizer, tmp_p
     text = tokenizer.decode(ids) + "\n"
     assert out.startswith(text + text)
     verdict = out.removeprefix(text + text)
-    assert verdict.startswith("continuous and plain are identical: 12 tokens,")
+    assert verdict.startswith("continuous 1 and plain are identical: 12 tokens,")
     assert verdict.count("\n") == 1
     assert stats["prompt_tokens"] == 1 + len(tokenizer.encode("The old man"))
     assert stats["mode"] == "continuous" and stats["tokens"] == len(ids) == 12
@@ -67,6 +67,52 @@ def test_compares_modes_and_writes_what_it_did(generate, files, tokenizer, tmp_p
     assert stats["sha256"] == hashlib.sha256(np.array(ids, "<i4").tobytes()).hexdigest()
     assert f"sha256 {stats['sha256'][:16]}" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.txt", "stats.json"]
+
+
+def test_a_chain_that_samples_is_plains_text(generate, files, tmp_path):
+    status, out, err = generate(
+        *files, "--prompt=The old man", "--max_tokens=12", "--compare",
+        "--mode=chained", "--depth=3", "--temperature=1", "--seed=7", "--gate",
+        "--stats=stats.json",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "chained 3 and plain are identical: 12 tokens," in out
+    stats = json.loads((tmp_path / "stats.json").read_text())
+    assert (stats["depth"], stats["output_class"]) == (3, "sampled")
+    assert len(stats["accepted_by_place"]) == 3 and stats["base_decodes"] > 0
+
+
+def test_ds4s_flags_and_switches_choose_a_mode(generate, files, monkeypatch):
+    for name in ("CONTINUOUS", "SPEC_LOG", "CONF_LOG", "TIMING", "PROBE"):
+        monkeypatch.setenv(f"DS4_MTP_{name}", "0")
+    words = *files, "--prompt=The old man", "--max_tokens=6"
+    status, out, err = generate(*words, "--mtp_draft=2")
+    assert status == 0, err
+    assert err.startswith("ds4's row 6 (`DS4_MTP_CONTINUOUS`): continuous, depth 1, b")
+    assert err.count("[timing] position ") == err.count("[confidence] position ") + 1
+    assert "[continuous 1, batched] 6 tokens in " in err
+    status, _, err = generate(*words, "--mtp_draft=1")
+    assert status == 0, err
+    assert err.startswith("ds4's row 3 (N at most 1): plain\n")
+    assert err.count("[probe] position ") == 5 and ", hit " in err
+    # The environment alone does nothing.
+    status, alone, err = generate(*words)
+    assert status == 0 and alone == out
+    assert err.startswith("[continuous] compiling ...\n[continuous 1] 6 tokens")
+    status, out, err = generate(*words, "--mtp_draft=2", "--stop=a")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--stop: expected no log of cycles" in err
+
+
+def test_a_stop_ends_the_text(generate, files, tokenizer):
+    words = *files, "--prompt=The old man", "--max_tokens=12", "--out_tokens=ids.txt"
+    _, whole, _ = generate(*words)
+    part = whole[3:6]
+    status, out, err = generate(*words, f"--stop={part}")
+    assert status == 0, err
+    end = whole.index(part) + len(part)
+    assert whole.startswith(out.removesuffix("\n")) and len(out) > end
+    assert part in out and part not in out[: end - 1]
 
 
 def test_a_chat_of_a_file_is_the_ids_of_its_bytes(generate, files, tokenizer, tmp_path):
@@ -109,6 +155,22 @@ def test_a_trunk_without_a_vocabulary_takes_and_shows_ids(generate, wordless, tm
         (["--max_tokens=0"], "--max_tokens=0: 0 is not a positive integer"),
         (["--stats=no/where.json"], "no/where.json: cannot be written: No such file"),
         (["--mode=eager"], "mode"),
+        (["--mode=plain", "--depth=1"], "--depth: expected 0 when plain, found 1"),
+        (["--depth=5"], "--depth: expected 1..4 when continuous, found 5"),
+        (["--depth=0"], "--depth: expected 1..4 when continuous, found 0"),
+        (["--mode=plain", "--verifier=batched"], "--verifier: expected exact when pla"),
+        (["--margin=1"], "--margin: expected 0 unless chained, batched and of depth 1"),
+        (["--depth=1", "--quality"], "--depth and --quality: expected our flags or"),
+        (
+            ["--mode=plain", "--gate"],
+            "--gate: expected a mode that drafts, found plain",
+        ),
+        (["--mode=plain", "--compare"], "--compare: expected a mode that drafts"),
+        (["--temperature=-1"], "--temperature=-1: -1.0 is not a non-negative number"),
+        (["--temperature=1e-9"], "--temperature: expected 0, or a finite number from"),
+        (["--mtp_margin=nan"], "--mtp_margin: expected a number in 0..1000, found nan"),
+        (["--prefill_chunk=0"], "--prefill_chunk=0: 0 is not a positive integer"),
+        (["--mtp_margin=1001"], "--mtp_margin=1001: 1001.0 is not a number in the ran"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(

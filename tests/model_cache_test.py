@@ -145,7 +145,7 @@ def test_a_row_is_finished_for_the_query_that_ends_its_window(ratio):
 @pytest.mark.parametrize("context", [1, 15, 500])
 def test_nbytes_is_what_is_allocated(config, context):
     for head, ratios in ((False, None), (True, (0,))):
-        cache = caches.empty(config, context, ratios=ratios)
+        cache = caches.empty(config, context, ratios=ratios, tagged=head)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         assert cache.nbytes == caches.nbytes(config, context, head) == held
 

@@ -15,7 +15,7 @@ import pytest
 
 from ds4jax import gguf, schema
 from ds4jax.config import QuantPlan
-from ds4jax.decode.transitions import PREFILL_CHUNK
+from ds4jax.decode.modes import PREFILL_CHUNK
 from ds4jax.errors import FileError
 from ds4jax.files import replacing
 

@@ -6,38 +6,95 @@ streaming is calling it with a small limit and reading the new tokens in between
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ds4jax.decode import carry as carries
+from ds4jax.decode import cycles, transitions
 from ds4jax.decode.carry import DecodeCarry
-from ds4jax.decode.transitions import PREFILL_CHUNK, cycles, prefill_chunk
-from ds4jax.errors import CapacityError, TokenError
+from ds4jax.decode.modes import CONTINUOUS, PREFILL_CHUNK, Decoding
+from ds4jax.errors import CapacityError, ConfigError, TokenError
+from ds4jax.model.cache import DEFAULT_SLACK
 from ds4jax.model.deepseek import Model
 
-_prefill = jax.jit(prefill_chunk, donate_argnames="carry")
-_cycles = jax.jit(cycles, static_argnames="depth", donate_argnames="carry")
+Synced = Literal["kept", "extended", "rewound", "rebuilt"]
+"""What `sync` could do with the tokens already there."""
+
+_compile = functools.partial(
+    jax.jit, static_argnames="decoding", donate_argnames="carry"
+)
+_prefill = _compile(transitions.prefill)
+_rewind = _compile(transitions.rewind)
+_cycles = _compile(cycles.cycles)
+_invalidate = jax.jit(transitions.invalidate, donate_argnames="carry")
+_drop_anchor = jax.jit(
+    lambda carry: transitions.drop_anchor(carry, jnp.ones_like(carry.done)),
+    donate_argnums=0,
+)
+
+
+def create(
+    model: Model,
+    max_context: int,
+    decoding: Decoding = CONTINUOUS,
+    seed: int = 0,
+    head: bool = False,
+) -> DecodeCarry:
+    """Return a carry without tokens for one sequence, B = 1.
+
+    Args:
+      model: the model.
+      max_context: most tokens the sequence may hold, rounded up to a multiple of
+        PREFILL_CHUNK so that few sizes compile.
+      decoding: what it will be used with.
+      seed: of the noise of sampling.
+      head: keep the state of the model's head even if decoding is plain, to draft
+        later; it costs a pass of the head per token.
+
+    Raises:
+      ConfigError: if drafts are asked of a model without a head.
+    """
+    drafts = decoding.mode.depth > 0 or head
+    if drafts and not model.mtp:
+        raise ConfigError(
+            "model: expected one with an MTP head to draft with, found a trunk alone"
+        )
+    rounded = -(-max_context // PREFILL_CHUNK) * PREFILL_CHUNK
+    return carries.create(model.config, rounded, mtp=drafts, seed=seed)
 
 
 def start(
-    model: Model, prompt: Sequence[int], max_tokens: int, depth: int
+    model: Model,
+    prompt: Sequence[int],
+    max_tokens: int,
+    decoding: Decoding = CONTINUOUS,
+    seed: int = 0,
+    head: bool = False,
 ) -> DecodeCarry:
     """Return a carry that has read `prompt` and may commit `max_tokens` more.
 
-    Args:
-      model: the model; its head is used if `depth` asks for drafts.
-      prompt: at least one token.
-      max_tokens: budget; sets the context.
-      depth: of the drafts; 0 for plain decoding.
+    The other arguments are those of `create`.
 
     Raises:
       TokenError: if the prompt is empty or an id is not in the vocabulary.
-      CapacityError: if `max_tokens` is negative.
-      ConfigError: if drafts are asked of a model without a head.
+      ConfigError: if `max_tokens` is negative, or as `create`.
+    """
+    check_prompt(model, prompt)
+    carry = create(model, len(prompt) + max(max_tokens, 0), decoding, seed, head)
+    carry = prefill(model, carry, prompt, decoding)
+    return carries.with_budget(carry, max_tokens)
+
+
+def check_prompt(model: Model, prompt: Sequence[int]):
+    """Compare a prompt with the vocabulary.
+
+    Raises:
+      TokenError: if it is empty or an id is not in the vocabulary.
     """
     if not len(prompt):
         raise TokenError("prompt: expected at least one token, found none")
@@ -45,44 +102,131 @@ def start(
     for token in prompt:
         if not 0 <= token < vocab:
             raise TokenError(f"prompt: expected ids in 0..{vocab - 1}, found {token}")
-    if max_tokens < 0:
-        raise CapacityError(f"max_tokens: expected at least 0, found {max_tokens}")
-    carry = carries.create(
-        model.config, _context(len(prompt) + max_tokens), depth=depth,
-        mtp=depth > 0 and bool(model.mtp),
-    )  # fmt: skip
-    carry = prefill(model, carry, prompt)
-    return dataclasses.replace(carry, budget=jnp.array([max_tokens], jnp.int32))
 
 
-def _context(tokens: int) -> int:
-    """Return a context that holds `tokens`, rounded up so that few sizes compile."""
-    return -(-tokens // PREFILL_CHUNK) * PREFILL_CHUNK
+def prefill(
+    model: Model,
+    carry: DecodeCarry,
+    tokens: Sequence[int],
+    decoding: Decoding = CONTINUOUS,
+) -> DecodeCarry:
+    """Commit a text that is known to follow, a chunk at a time.
 
-
-def prefill(model: Model, carry: DecodeCarry, tokens: Sequence[int]) -> DecodeCarry:
-    """Commit a text that is known to follow, a chunk at a time."""
-    for at in range(0, len(tokens), PREFILL_CHUNK):
-        part = np.zeros((1, PREFILL_CHUNK), np.int32)
-        piece = tokens[at : at + PREFILL_CHUNK]
+    Raises:
+      CapacityError: if it does not fit the context.
+    """
+    _check_room(carry, int(carry.length[0]) + len(tokens))
+    chunk = decoding.prefill_chunk
+    for at in range(0, len(tokens), chunk):
+        part = np.zeros((1, chunk), np.int32)
+        piece = tokens[at : at + chunk]
         part[0, : len(piece)] = piece
         following = tokens[at + len(piece)] if at + len(piece) < len(tokens) else -1
         carry = _prefill(
             model, carry, part,
             np.array([following], np.int32), np.array([len(piece)], np.int32),
+            decoding=decoding,
         )  # fmt: skip
     return carry
 
 
+def _check_room(carry: DecodeCarry, length: int):
+    if length > carry.max_context:
+        raise CapacityError(
+            f"context: {length} tokens do not fit in {carry.max_context}; "
+            "expected a shorter text or a larger context"
+        )
+
+
+def rewind_limit(carry: DecodeCarry) -> int:
+    """Return the least length that the first sequence can be rewound to exactly."""
+    return max(1, int(carry.reach[0]) - DEFAULT_SLACK)
+
+
+def rewind(
+    model: Model, carry: DecodeCarry, length: int, decoding: Decoding = CONTINUOUS
+) -> DecodeCarry:
+    """Take back all but the first `length` tokens of the first sequence.
+
+    Raises:
+      CapacityError: if that is out of reach of the rings, or is not a shorter text.
+    """
+    least, most = rewind_limit(carry), int(carry.length[0])
+    if not least <= length <= most:
+        raise CapacityError(
+            f"rewind: expected a length in {least}..{most}, found {length}; "
+            "sync rebuilds from the tokens instead"
+        )
+    target = jnp.full_like(carry.length, length)
+    return _rewind(model, carry, target, decoding=decoding)
+
+
+def invalidate(carry: DecodeCarry) -> DecodeCarry:
+    """Forget every token; see `transitions.invalidate`."""
+    return _invalidate(carry)
+
+
+def sync(
+    model: Model,
+    carry: DecodeCarry,
+    prompt: Sequence[int],
+    decoding: Decoding = CONTINUOUS,
+) -> tuple[DecodeCarry, Synced]:
+    """Make `prompt` the committed text, with as little work as the rings allow.
+
+    What both texts begin with is kept if the rest can be taken back, else all is read
+    again.  (ds4 keeps it only if nothing has to be taken back.)
+
+    Args:
+      model: the model.
+      carry: one sequence; given up.
+      prompt: the text.
+      decoding: as of the cycles.
+
+    Returns:
+      The carry, and what was done.
+
+    Raises:
+      TokenError: if the prompt is empty or an id is not in the vocabulary.
+      CapacityError: if it leaves no room in the context for one more token.
+    """
+    check_prompt(model, prompt)
+    _check_room(carry, len(prompt) + 1)
+    live = committed(carry)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(live, prompt, strict=False)) if a != b),
+        min(len(live), len(prompt)),
+    )
+    if same == len(live) and live:
+        if len(prompt) > same:
+            return prefill(model, carry, prompt[same:], decoding), "extended"
+        if decoding.policy == "parity":
+            carry = _drop_anchor(carry)
+        return carry, "kept"
+    if same and same >= rewind_limit(carry):
+        carry = rewind(model, carry, same, decoding)
+        return prefill(model, carry, prompt[same:], decoding), "rewound"
+    carry = invalidate(carry)
+    return prefill(model, carry, prompt, decoding), "rebuilt"
+
+
 def run(
-    model: Model, carry: DecodeCarry, depth: int, eos: int = -1, limit: int = 2**30
+    model: Model,
+    carry: DecodeCarry,
+    decoding: Decoding = CONTINUOUS,
+    eos: int = -1,
+    limit: int = 2**30,
 ) -> DecodeCarry:
     """Run cycles on the device until every sequence is done, or `limit` of them."""
-    return _cycles(model, carry, jnp.int32(eos), jnp.int32(limit), depth=depth)
+    return _cycles(model, carry, jnp.int32(eos), jnp.int32(limit), decoding=decoding)
 
 
 def stream(
-    model: Model, carry: DecodeCarry, depth: int, eos: int = -1, every: int = 8
+    model: Model,
+    carry: DecodeCarry,
+    decoding: Decoding = CONTINUOUS,
+    eos: int = -1,
+    every: int = 8,
 ) -> Iterator[tuple[DecodeCarry, list[int]]]:
     """Yield (carry, new tokens) of the first sequence every few cycles.
 
@@ -90,7 +234,7 @@ def stream(
     """
     seen = int(carry.length[0])
     while bool(carry.active[0]):
-        carry = run(model, carry, depth, eos, every)
+        carry = run(model, carry, decoding, eos, every)
         tokens = committed(carry)
         yield carry, tokens[seen:]
         seen = len(tokens)

@@ -1,8 +1,13 @@
-"""The pure steps of which every decode cycle is made: prefill, draft, verify, commit.
+"""The pure transitions of a carry: prefill, decode, draft, verify, commit and back.
 
-Source: the continuous depth-1 cycle of antirez/ds4#371 (SPECULATION §2.6), with three
-changes: the head is paired as it was trained, its rows are filled for the prompt, and
-they are written again from true trunk streams for every committed token.
+Source: antirez/ds4#371 and the functions of ds4 it builds on (SPECULATION §2, §3). The
+differences: taking tokens back is arithmetic on a length, the head is paired as it was
+trained, its rows are filled for the prompt, and they are written again from true trunk
+streams for every committed token.
+
+For a committed token the head's cache needs its streams *and* the token after it.  The
+streams therefore wait in the anchor until that is known, and one pass of the head then
+writes all their rows and, from the last, makes the next draft.
 """
 
 from __future__ import annotations
@@ -11,15 +16,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from ds4jax.decode.carry import Anchor, DecodeCarry, Statistics
-from ds4jax.model.cache import Cache, scatter
+from ds4jax.decode.carry import (
+    ANCHOR_ROWS,
+    Anchor,
+    DecodeCarry,
+)
+from ds4jax.decode.modes import Decoding, Verifier
+from ds4jax.model.cache import Cache, forget, scatter
 from ds4jax.model.deepseek import DeepSeek, Model
+from ds4jax.model.mtp import MTPOutput
 from ds4jax.model.trunk import TrunkOutput
-
-PREFILL_CHUNK = 256
-"""Rows of a prefill pass; the last one is filled up and marked with its count."""
 
 
 def _row(x: Array, index: Int[Array, "B"]) -> Array:
@@ -33,14 +41,44 @@ def _set_length(cache: Cache, length: Int[Array, "B"]) -> Cache:
     return dataclasses.replace(cache, length=length)
 
 
-def prefill_chunk(
+def choose(
+    logits: Float[Array, "B T V"],
+    positions: Int[Array, "B T"],
+    rng: Key[Array, "B"],
+    temperature: float,
+) -> Int[Array, "B T"]:
+    """Return the token that stands at each position, given the logits before it.
+
+    At temperature 0 it is the best one, ties to the lowest id.  Above, it is a sample
+    of `softmax(logits / temperature)`, drawn as the best of logits plus Gumbel noise;
+    the noise is a function of sequence and position alone.  So a sampled text does not
+    depend on the mode either, and a draft that uses the same noise is often right.
+    """
+    if temperature:
+
+        def noise(key, at):
+            return jax.random.gumbel(jax.random.fold_in(key, at), logits.shape[-1:])
+
+        drawn = jax.vmap(jax.vmap(noise, (None, 0)))(rng, positions)
+        logits = logits / temperature + drawn
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def first_token(carry: DecodeCarry, temperature: float = 0.0) -> Int[Array, "B"]:
+    """Return the token that the last logits decide, not yet committed."""
+    at = carry.length[:, None]
+    return choose(carry.logits[:, None], at, carry.rng, temperature)[:, 0]
+
+
+def prefill(
     model: Model,
     carry: DecodeCarry,
     chunk: Int[Array, "B T"],
     following: Int[Array, "B"],
     count: Int[Array, "B"],
+    decoding: Decoding,
 ) -> DecodeCarry:
-    """Commit a chunk of a known text, and fill the head's rows for it.
+    """Commit a chunk of a known text.
 
     Args:
       model: the model.
@@ -48,6 +86,7 @@ def prefill_chunk(
       chunk: the tokens, of which the first `count` are real (at least one).
       following: the token after the chunk's last real one, or -1 at the text's end.
       count: how many.
+      decoding: static.
     """
     modules = model.modules()
     start = carry.length
@@ -56,107 +95,143 @@ def prefill_chunk(
     offset = jnp.arange(chunk.shape[1])
     real = offset < count[:, None]
     index = jnp.where(real, start[:, None] + offset, -1)
+    newest = _row(out.streams, count - 1)
+    if carry.anchor is not None and decoding.fill:
+        carry = fill(model, carry, chunk[:, 0], jnp.ones_like(carry.done))
+        assert modules.mtp is not None and carry.mtp_cache is not None
+        last = offset == count[:, None] - 1
+        after = jnp.where(last, following[:, None], jnp.roll(chunk, -1, axis=1))
+        head = modules.mtp(
+            modules.trunk,
+            jnp.maximum(after, 0),
+            out.streams,
+            _set_length(carry.mtp_cache, start),
+            count - (following < 0),
+        )
+        carry = dataclasses.replace(carry, mtp_cache=head.cache)
     carry = dataclasses.replace(
         carry,
         cache=out.cache,
         tokens=scatter(carry.tokens, index, chunk),
         logits=_row(out.logits, count - 1),
+        reach=jnp.maximum(carry.reach, start + count),
     )
     if carry.anchor is None:
         return carry
-    carry = _fill_pending(modules, carry, start, chunk[:, 0])
-    assert modules.mtp is not None
-    assert carry.mtp_cache is not None and carry.anchor is not None
-    after = jnp.where(
-        offset == count[:, None] - 1,
-        following[:, None],
-        jnp.roll(chunk, -1, axis=1),
+    # Of a text that goes on the head has the last row as well; at its end h waits.
+    waits = (following < 0) if decoding.fill else jnp.ones_like(following, bool)
+    anchor = Anchor(
+        carry.anchor.streams.at[:, 0].set(newest),
+        (waits & (decoding.policy == "warm")).astype(jnp.int32),
+        carry.length - 1,
     )
-    paired = count - (following < 0)
-    head = modules.mtp(
-        modules.trunk,
-        jnp.maximum(after, 0),
-        out.streams,
-        _set_length(carry.mtp_cache, start),
-        paired,
-    )
-    newest = _row(out.streams, count - 1)
-    streams = carry.anchor.streams.at[:, 0].set(newest)
-    rows = (following < 0).astype(jnp.int32)
-    return dataclasses.replace(
-        carry, mtp_cache=head.cache, anchor=Anchor(streams, rows)
-    )
+    return dataclasses.replace(carry, anchor=anchor)
 
 
-def _pending_tokens(carry: DecodeCarry, end: Array, next_token: Array) -> Array:
-    """Return the token after each pending anchor row, [B, W].
-
-    `end` is the length that those rows end at, `next_token` what follows there.
-    """
-    assert carry.anchor is not None
-    width = carry.anchor.streams.shape[1]
-    position = (end - carry.anchor.rows + 1)[:, None] + jnp.arange(width)
-    known = jnp.take_along_axis(
-        carry.tokens, jnp.clip(position, 0, carry.tokens.shape[1] - 1), axis=1
-    )
-    return jnp.where(position == end[:, None], next_token[:, None], known)
-
-
-def _run_pending(modules: DeepSeek, carry: DecodeCarry, end: Array, next_token: Array):
-    """Run the head on the pending anchor rows, now that what follows is known."""
+def _run_pending(
+    modules: DeepSeek, carry: DecodeCarry, following: Int[Array, "B"]
+) -> MTPOutput:
+    """Run the head on the anchor's rows, now that `following` is known to be next."""
     assert modules.mtp is not None
     assert carry.anchor is not None and carry.mtp_cache is not None
-    return modules.mtp(
-        modules.trunk,
-        _pending_tokens(carry, end, next_token),
-        carry.anchor.streams,
-        _set_length(carry.mtp_cache, end - carry.anchor.rows),
-        carry.anchor.rows,
+    end, rows = carry.length, carry.anchor.rows
+    position = (end - rows + 1)[:, None] + jnp.arange(ANCHOR_ROWS)
+    known = jnp.take_along_axis(
+        carry.tokens, jnp.clip(position, 0, carry.max_context - 1), axis=1
+    )
+    tokens = jnp.where(position == end[:, None], following[:, None], known)
+    cache = _set_length(carry.mtp_cache, end - rows)
+    return modules.mtp(modules.trunk, tokens, carry.anchor.streams, cache, rows)
+
+
+def fill(
+    model: Model,
+    carry: DecodeCarry,
+    following: Int[Array, "B"],
+    which: Bool[Array, "B"],
+) -> DecodeCarry:
+    """Write the head's rows that wait for `following`, and let go of the anchor.
+
+    Only sequences of `which` let go; the others write those rows again later.
+    """
+    out = _run_pending(model.modules(), carry, following)
+    return _let_go(carry, out.cache, which)
+
+
+def _let_go(
+    carry: DecodeCarry, mtp_cache: Cache | None, which: Bool[Array, "B"]
+) -> DecodeCarry:
+    assert carry.anchor is not None
+    rows = jnp.where(which, 0, carry.anchor.rows)
+    return dataclasses.replace(
+        carry,
+        mtp_cache=mtp_cache,
+        anchor=dataclasses.replace(carry.anchor, rows=rows),
     )
 
 
-def _fill_pending(
-    modules: DeepSeek, carry: DecodeCarry, end: Array, next_token: Array
-) -> DecodeCarry:
-    """Write the head's rows that were waiting for the next token."""
-    cache = _run_pending(modules, carry, end, next_token).cache
-    return dataclasses.replace(carry, mtp_cache=cache)
+def _keep_newest(carry: DecodeCarry) -> DecodeCarry:
+    """Let go of all rows but the newest, of which alone it is unknown what follows."""
+    anchor = carry.anchor
+    assert anchor is not None
+    newest = _row(anchor.streams, jnp.maximum(anchor.rows - 1, 0))
+    anchor = dataclasses.replace(
+        anchor,
+        streams=anchor.streams.at[:, 0].set(newest),
+        rows=jnp.minimum(anchor.rows, 1),
+    )
+    return dataclasses.replace(carry, anchor=anchor)
 
 
 def draft(
-    model: Model, carry: DecodeCarry, first: Int[Array, "B"], depth: int
-) -> tuple[DecodeCarry, Int[Array, "B depth"]]:
+    model: Model,
+    carry: DecodeCarry,
+    first: Int[Array, "B"],
+    depth: int,
+    temperature: float = 0.0,
+) -> tuple[DecodeCarry, Int[Array, "B depth"], Float[Array, "B"]]:
     """Guess what follows `first`, from the streams the last target pass left behind.
 
     Args:
       model: must have a head.
-      carry: an anchor of `W > depth` rows; `anchor.rows >= 1`.
+      carry: the state; where its anchor is not valid the guesses mean nothing.
       first: the token that the last logits decided, not yet committed.
       depth: tokens to guess; each beyond the first feeds on the head's own streams.
+      temperature: as of `choose`.
 
     Returns:
-      The carry with the head's rows up to date, and the guesses.
+      The carry with the head's rows up to date and, of active sequences, the anchor
+      let go; the guesses; and by how much, in logits, the last one leads the head's
+      runner-up.
     """
     modules = model.modules()
     assert carry.anchor is not None and modules.mtp is not None
-    out = _run_pending(modules, carry, carry.length, first)
-    newest = carry.anchor.rows - 1
+    out = _run_pending(modules, carry, first)
+    newest = jnp.maximum(carry.anchor.rows - 1, 0)
     streams = _row(out.streams, newest)[:, None]
-    token = jnp.argmax(_row(out.logits, newest), axis=-1)
-    carry = dataclasses.replace(carry, mtp_cache=out.cache)
-    guesses, cache = [token], out.cache
-    for _ in range(depth - 1):
-        out = modules.mtp(modules.trunk, token[:, None], streams, cache)
-        token, streams, cache = jnp.argmax(out.logits[:, 0], -1), out.streams, out.cache
-        guesses.append(token)
-    # Rows made from the head's own streams stay behind `mtp_cache`'s length: they are
-    # written again from the trunk's before a query can see them.
-    return carry, jnp.stack(guesses, axis=1).astype(jnp.int32)
+    logits = _row(out.logits, newest)[:, None]
+    # The rows made from the head's own streams are not kept: a row is written from the
+    # trunk's, once the tokens are committed.
+    carry = _keep_newest(_let_go(carry, out.cache, carry.active))
+    guesses, cache = [], out.cache
+    for place in range(depth):
+        if place:
+            out = modules.mtp(modules.trunk, guesses[-1], streams, cache)
+            logits, streams, cache = out.logits, out.streams, out.cache
+        at = (carry.length + 1 + place)[:, None]
+        guesses.append(choose(logits, at, carry.rng, temperature))
+    best = jax.lax.top_k(logits[:, 0], 2)[0]
+    return carry, jnp.concatenate(guesses, axis=1), best[:, 0] - best[:, 1]
 
 
-def verify(model: Model, carry: DecodeCarry, block: Int[Array, "B W"]) -> TrunkOutput:
+def verify(
+    model: Model,
+    carry: DecodeCarry,
+    block: Int[Array, "B W"],
+    verifier: Verifier = "exact",
+) -> TrunkOutput:
     """Run one target pass on `block`, which follows the committed tokens."""
-    return model.modules().trunk(block, carry.cache)
+    return model.modules().trunk(block, carry.cache, exact=verifier == "exact")
 
 
 def agreement(
@@ -171,14 +246,53 @@ def agreement(
     return 1 + jnp.sum(jnp.cumprod(same, axis=1), axis=1)
 
 
+def _advance(
+    carry: DecodeCarry,
+    out: TrunkOutput,
+    block: Int[Array, "B W"],
+    count: Int[Array, "B"],
+    decoding: Decoding,
+) -> DecodeCarry:
+    """Keep the first `count` rows of a pass: a length, and a choice of rows."""
+    width = block.shape[1]
+    offset = jnp.arange(width)
+    is_kept = offset < count[:, None]
+    kept, length = count > 0, carry.length + count
+    last = jnp.maximum(count - 1, 0)
+    anchor = carry.anchor
+    if anchor is not None:
+        if decoding.fill:
+            index = jnp.where(is_kept, anchor.rows[:, None] + offset, -1)
+            rows = anchor.rows + count
+        else:
+            index = jnp.where(offset == count[:, None] - 1, 0, -1)
+            rows = jnp.where(kept, 1, anchor.rows)
+        streams = scatter(anchor.streams, index, out.streams)
+        anchor = Anchor(streams, rows, jnp.where(kept, length - 1, anchor.position))
+    assert out.cache is not None
+    return dataclasses.replace(
+        carry,
+        cache=_set_length(out.cache, length),
+        tokens=scatter(
+            carry.tokens,
+            jnp.where(is_kept, carry.length[:, None] + offset, -1),
+            block,
+        ),
+        logits=jnp.where(kept[:, None], _row(out.logits, last), carry.logits),
+        anchor=anchor,
+        reach=jnp.maximum(carry.reach, carry.length + width),
+    )
+
+
 def commit(
     carry: DecodeCarry,
     out: TrunkOutput,
     block: Int[Array, "B W"],
     count: Int[Array, "B"],
     eos: Int[Array, ""],
-) -> DecodeCarry:
-    """Keep the first rows of a verified block: a length, and a choice of rows.
+    decoding: Decoding,
+) -> tuple[DecodeCarry, Int[Array, "B"]]:
+    """Keep the first rows of a verified block, as many as there is leave for.
 
     Args:
       carry: the state that `block` was verified on.
@@ -187,82 +301,95 @@ def commit(
       count: how many the target agrees with; cut here to the budget, to the room
         left, and at an end-of-sequence token, and to none for an inactive sequence.
       eos: token that ends a sequence, committed itself; -1 for none.
+      decoding: static.
+
+    Returns:
+      The carry, its counters of passes and tokens moved on; and how many were kept.
     """
     width = block.shape[1]
-    offset = jnp.arange(width)
-    ends = jnp.where(block == eos, offset + 1, width + 1).min(axis=1)
-    room = carry.tokens.shape[1] - carry.length
-    count = jnp.minimum(jnp.minimum(count, ends), jnp.minimum(carry.budget, room))
-    count = jnp.where(carry.active, count, 0)
-    kept = count > 0
-    length = carry.length + count
-    index = jnp.where(offset < count[:, None], carry.length[:, None] + offset, -1)
-    last = jnp.maximum(count - 1, 0)
-    assert out.cache is not None
-    anchor = carry.anchor
-    if anchor is not None:
-        streams = anchor.streams.at[:, :width].set(out.streams)
-        anchor = Anchor(
-            jnp.where(kept[:, None, None, None], streams, anchor.streams),
-            jnp.where(kept, count, anchor.rows),
-        )
-    old = carry.statistics
-    active = carry.active.astype(jnp.int32)
+    ends = jnp.where(block == eos, jnp.arange(width) + 1, width + 1).min(axis=1)
+    count = jnp.minimum(jnp.minimum(count, ends), allowed(carry))
+    active, old = carry.active, carry.statistics
+    carry = _advance(carry, out, block, count, decoding)
     return dataclasses.replace(
         carry,
-        cache=_set_length(out.cache, length),
-        tokens=scatter(carry.tokens, index, block),
-        logits=jnp.where(kept[:, None], _row(out.logits, last), carry.logits),
-        anchor=anchor,
         budget=carry.budget - count,
-        done=carry.done | (kept & (ends == count)),
-        statistics=Statistics(
-            passes=old.passes + active,
-            drafted=old.drafted + active * (width - 1),
-            accepted=old.accepted + jnp.maximum(count - 1, 0),
-            committed=old.committed + count,
+        done=carry.done | (active & (ends == count)),
+        statistics=dataclasses.replace(
+            old, passes=old.passes + active, committed=old.committed + count
         ),
-    )
+    ), count
 
 
-def first_token(carry: DecodeCarry) -> Int[Array, "B"]:
-    """Return the token that the last logits decide; ties go to the lowest id."""
-    return jnp.argmax(carry.logits, axis=-1).astype(jnp.int32)
+def allowed(carry: DecodeCarry) -> Int[Array, "B"]:
+    """Return how many tokens may be committed: budget and room, 0 when inactive."""
+    room = carry.max_context - carry.length
+    return jnp.where(carry.active, jnp.minimum(carry.budget, room), 0)
 
 
-def cycle(
-    model: Model, carry: DecodeCarry, eos: Int[Array, ""], depth: int
+def decode(
+    model: Model, carry: DecodeCarry, token: Int[Array, "B"], decoding: Decoding
 ) -> DecodeCarry:
-    """Run one greedy cycle: plain at depth 0, else continuous.
+    """Commit one given token of each sequence by a target pass of its own.
 
-    Continuous drafts from the anchor and verifies `[first, d1 .. d_depth]` in one
-    target pass: no base decode, and by the row contract exactly plain's tokens.
+    It costs no budget; there must be room.  (ds4: plain eval.)
     """
-    first = first_token(carry)
-    block = first[:, None]
-    if depth:
-        carry, guesses = draft(model, carry, first, depth)
-        block = jnp.concatenate([block, guesses], axis=1)
-    out = verify(model, carry, block)
-    predicted = jnp.argmax(out.logits, axis=-1).astype(jnp.int32)
-    return commit(carry, out, block, agreement(block, predicted), eos)
+    everyone = jnp.ones_like(carry.done)
+    if carry.anchor is not None and decoding.fill:
+        carry = fill(model, carry, token, everyone)
+    block = token[:, None]
+    one = jnp.ones_like(carry.length)
+    carry = _advance(carry, verify(model, carry, block), block, one, decoding)
+    return drop_anchor(carry, everyone) if decoding.policy == "parity" else carry
 
 
-def cycles(
-    model: Model,
-    carry: DecodeCarry,
-    eos: Int[Array, ""],
-    limit: Int[Array, ""],
-    depth: int,
+def drop_anchor(carry: DecodeCarry, which: Bool[Array, "B"]) -> DecodeCarry:
+    """Make the anchor of the sequences of `which` invalid."""
+    if carry.anchor is None:
+        return carry
+    assert carry.mtp_cache is not None
+    # The rows that wait may be there, made for a token that need not follow now.
+    head = forget(carry.mtp_cache, carry.length - carry.anchor.rows)
+    return _let_go(carry, head, which)
+
+
+def rewind(
+    model: Model, carry: DecodeCarry, length: Int[Array, "B"], decoding: Decoding
 ) -> DecodeCarry:
-    """Run cycles on the device until nothing is active, or `limit` of them."""
+    """Take back all but the first `length` tokens (at least one) of each sequence.
 
-    def go_on(state):
-        carry, done = state
-        return jnp.any(carry.active) & (done < limit)
+    A subtraction, and a pass on the last token kept for its logits and its streams.
+    Exact while `reach - length` is at most the rings' slack; see `driver.rewind`.
+    """
+    before = length - 1
+    last = jnp.take_along_axis(carry.tokens, before[:, None], axis=1)[:, 0]
+    if carry.anchor is not None:
+        if decoding.fill:
+            # What follows the newest token is not known; its row is forgotten below.
+            carry = fill(model, carry, last, jnp.ones_like(carry.done))
+        assert carry.mtp_cache is not None
+        carry = dataclasses.replace(carry, mtp_cache=forget(carry.mtp_cache, before))
+        carry = drop_anchor(carry, jnp.ones_like(carry.done))
+    carry = dataclasses.replace(
+        carry, cache=_set_length(carry.cache, before), done=jnp.zeros_like(carry.done)
+    )
+    return decode(model, carry, last, decoding)
 
-    def body(state):
-        carry, done = state
-        return cycle(model, carry, eos, depth), done + 1
 
-    return jax.lax.while_loop(go_on, body, (carry, jnp.int32(0)))[0]
+def invalidate(carry: DecodeCarry) -> DecodeCarry:
+    """Forget every token, keeping budget, noise and counters."""
+    none = jnp.zeros_like(carry.length)
+    if carry.anchor is not None:
+        assert carry.mtp_cache is not None
+        carry = dataclasses.replace(
+            carry,
+            mtp_cache=forget(carry.mtp_cache, none),
+            anchor=dataclasses.replace(carry.anchor, rows=none, position=none - 1),
+        )
+    return dataclasses.replace(
+        carry,
+        cache=_set_length(carry.cache, none),
+        logits=jnp.zeros_like(carry.logits),
+        reach=none,
+        done=jnp.zeros_like(carry.done),
+    )

@@ -26,7 +26,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from ds4jax.decode.transitions import PREFILL_CHUNK
+from ds4jax.decode.modes import PREFILL_CHUNK
 from ds4jax.errors import ConfigError
 from ds4jax.experiments import model_flags, token_flags
 from ds4jax.files import check_place, replacing

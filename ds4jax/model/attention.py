@@ -13,7 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.config import CSA_RATIO, ModelConfig
-from ds4jax.model.cache import LayerCache, Rows, blank_invisible, extend
+from ds4jax.model.cache import (
+    LayerCache,
+    Rows,
+    blank_invisible,
+    extend,
+    extend_tags,
+)
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
@@ -107,6 +113,7 @@ class Attention(nnx.Module):
 
         row = keep(rotate(self.kv_norm(self.kv(x)), rows.positions, table))
         view, raw = extend(cache and cache.raw, row, rows)
+        view, tags = extend_tags(cache and cache.tags, view, rows)
         age = rows.positions[..., None] - view.positions[:, None]
         visible = (view.positions[:, None] >= 0) & (age >= 0) & (age < c.window)
         sources = [(blank_invisible(view.rows, visible), visible)]
@@ -131,7 +138,7 @@ class Attention(nnx.Module):
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
-        state = None if raw is None else LayerCache(raw, compressor, indexer)
+        state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
 
     def _choose(self, compressed, index, picked, rows):

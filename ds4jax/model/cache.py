@@ -11,6 +11,7 @@ rebuilds its nodes around whatever stands for an array, a shape or None among th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import no_type_check
 
@@ -62,11 +63,15 @@ class LayerCache:
       raw: float32 [B, P, K]: the ring of key = value rows.
       compressor: of a CSA or HCA layer, with N = K; else None.
       indexer: of a CSA layer, with N = J; else None.
+      tags: int32 [B, P]: the position whose row each slot of `raw` holds, -1 for none.
+        Of a layer whose rows may have gaps, the MTP head's; elsewhere None, and what a
+        slot holds follows from `length`.
     """
 
     raw: Array
     compressor: CompressorCache | None = None
     indexer: CompressorCache | None = None
+    tags: Array | None = None
 
 
 @struct.dataclass
@@ -154,6 +159,17 @@ class View:
         return jnp.take_along_axis(self.rows, index, axis=1)
 
 
+def forget(cache: Cache, length: Int[Array, "B"]) -> Cache:
+    """Return a tagged cache of which only the rows before `length` are remembered."""
+
+    def cut(layer: LayerCache) -> LayerCache:
+        assert layer.tags is not None
+        known = layer.tags < length[:, None]
+        return dataclasses.replace(layer, tags=jnp.where(known, layer.tags, -1))
+
+    return Cache(tuple(map(cut, cache.layers)), length)
+
+
 def scatter(store: Array, index: Int[Array, "B N"], new: Array) -> Array:
     """Return `store [B, S, ...]` with `new [B, N, ...]` at `index`; others dropped.
 
@@ -203,6 +219,18 @@ def extend(ring: Array | None, new: Array, rows: Rows) -> tuple[View, Array | No
     return view, after
 
 
+def extend_tags(
+    tags: Array | None, view: View, rows: Rows
+) -> tuple[View, Array | None]:
+    """Tag a pass's rows, and take out of `view` what no tag vouches for."""
+    if tags is None:
+        return view, None
+    tagged, tags = extend(tags, rows.positions, rows)
+    known = tagged.rows == view.positions
+    positions = jnp.where(known, view.positions, -1)
+    return dataclasses.replace(view, positions=positions), tags
+
+
 def blank_invisible(
     rows: Float[Array, "B S N"], visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B S N"]:
@@ -225,13 +253,15 @@ def _compressor_cache(
 
 
 def _layer_cache(
-    config: ModelConfig, ratio: int, batch: int, capacity: int, slack: int
+    config: ModelConfig, ratio: int, batch: int, capacity: int, slack: int, tagged: bool
 ) -> LayerCache:
+    ring = config.window + slack
     make = lambda width: _compressor_cache(batch, width, ratio, capacity, slack)  # noqa: E731
     return LayerCache(
-        raw=jnp.zeros((batch, config.window + slack, config.head_dim)),
+        raw=jnp.zeros((batch, ring, config.head_dim)),
         compressor=make(config.head_dim) if ratio else None,
         indexer=make(config.index_dim) if ratio == CSA_RATIO else None,
+        tags=jnp.full((batch, ring), -1, jnp.int32) if tagged else None,
     )
 
 
@@ -241,6 +271,7 @@ def empty(
     batch: int = 1,
     slack: int = DEFAULT_SLACK,
     ratios: tuple[int, ...] | None = None,
+    tagged: bool = False,
 ) -> Cache:
     """Return a cache that has seen nothing.
 
@@ -251,6 +282,7 @@ def empty(
       slack: how many tokens beyond a query's sight every ring keeps.
       ratios: compress ratio of each layer; the trunk's by default, `(0,)` for the
         MTP block.
+      tagged: whether rows may have gaps, see `LayerCache.tags`.
 
     Raises:
       CapacityError: if `max_context` is not positive.
@@ -263,7 +295,7 @@ def empty(
     ratios = config.compress_ratios if ratios is None else ratios
     return Cache(
         layers=tuple(
-            _layer_cache(config, r, batch, max_context, slack) for r in ratios
+            _layer_cache(config, r, batch, max_context, slack, tagged) for r in ratios
         ),
         length=jnp.zeros(batch, jnp.int32),
     )
@@ -276,4 +308,5 @@ def nbytes(config: ModelConfig, max_context: int, mtp: bool = False) -> int:
       CapacityError: as `empty`.
     """
     ratios = (0,) if mtp else None
-    return jax.eval_shape(lambda: empty(config, max_context, ratios=ratios)).nbytes
+    make = lambda: empty(config, max_context, ratios=ratios, tagged=mtp)  # noqa: E731
+    return jax.eval_shape(make).nbytes

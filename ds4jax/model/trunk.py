@@ -84,13 +84,16 @@ class Layer(nnx.Module):
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
 
 
-def under_contract(width: int, cache: Cache | None) -> bool:
+def under_contract(width: int, cache: Cache | None, exact: bool = True) -> bool:
     """Say whether a pass of `width` rows is a decode pass (see `cache.DECODE_ROWS`)."""
-    return cache is not None and width <= DECODE_ROWS
+    return exact and cache is not None and width <= DECODE_ROWS
 
 
 def fill_up(
-    args: PyTree, cache: Cache | None, count: Int[Array, "B"] | None
+    args: PyTree,
+    cache: Cache | None,
+    count: Int[Array, "B"] | None,
+    exact: bool = True,
 ) -> tuple[PyTree, Rows]:
     """Place a pass's rows after what the cache holds, and fill up a decode pass.
 
@@ -98,6 +101,7 @@ def fill_up(
       args: inputs [B, T, ...] of the pass.
       cache: the state before, or None for sequences that start here.
       count: how many rows are real; all by default.
+      exact: as for the trunk.
 
     Returns:
       The inputs and rows; of a decode pass, `DECODE_ROWS` of them, the last repeated.
@@ -107,7 +111,7 @@ def fill_up(
     if count is None:
         count = jnp.full_like(start, width)
     offset = jnp.arange(width)
-    is_decode = under_contract(width, cache)
+    is_decode = under_contract(width, cache, exact)
     if is_decode:
         offset = jnp.minimum(jnp.arange(DECODE_ROWS), width - 1)
         args = jax.tree.map(lambda x: x[:, offset], args)
@@ -158,7 +162,7 @@ class Trunk(nnx.Module):
         tokens: Int[Array, "B T"],
         cache: Cache | None = None,
         count: Int[Array, "B"] | None = None,
-        remat: bool = False,
+        exact: bool = True,
     ) -> TrunkOutput:
         """Run the trunk on the next T tokens of each sequence.
 
@@ -167,21 +171,20 @@ class Trunk(nnx.Module):
           cache: the state before; None for whole sequences that keep no state.
           count: how many of the T tokens are real; the rest leave no trace in the
             cache, and their outputs mean nothing.  All, by default.
-          remat: recompute layers in the backward pass rather than keep them.
+          exact: static; keep a short pass under the row contract.  Otherwise it is
+            computed like a longer one, with no row added, and may round otherwise.
         """
         batch, width = tokens.shape
-        if batch > 1 and under_contract(width, cache):
+        if batch > 1 and under_contract(width, cache, exact):
             return each_alone(self, tokens, cache, count)
-        tokens, rows = fill_up(tokens, cache, count)
+        tokens, rows = fill_up(tokens, cache, count, exact)
         streams = jnp.repeat(
             self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2
         )
-        run = lambda layer, *args: layer(*args)  # noqa: E731
-        run = nnx.remat(run) if remat else run
         states, trace = [], Trace((streams,), (), ())
         for i, layer in enumerate(self.layers):
             state = cache and cache.layers[i]
-            streams, state, experts, selected = run(layer, streams, tokens, state, rows)
+            streams, state, experts, selected = layer(streams, tokens, state, rows)
             states.append(state)
             trace = Trace(
                 (*trace.streams, streams),

@@ -171,7 +171,7 @@ def decode(
     """Decode from each prompt, continuously at depth 1, and add up the counters."""
     total: dict[str, int] = {}
     for prompt in tqdm(prompts, unit="prompt", disable=None):
-        carry = driver.start(model, prompt.tolist(), max_tokens, depth=1)
-        for name, count in driver.run(model, carry, depth=1).statistics.of().items():
+        carry = driver.start(model, prompt.tolist(), max_tokens)
+        for name, count in driver.run(model, carry).statistics.of().items():
             total[name] = total.get(name, 0) + count
     return total

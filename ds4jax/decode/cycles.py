@@ -1,0 +1,171 @@
+"""The cycles: each mode's way from one decided token to the next.
+
+Let x be the token that the last logits decide.  Plain runs a target pass on [x].
+Chained runs that pass, drafts, and verifies [y, d1 .. dk] in a second one.  Continuous
+drafts from the anchor and verifies [x, d1 .. dk] in a single pass: no base decode, and
+by the row contract exactly plain's tokens (SPECULATION §2.2, §2.6; DESIGN §4).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ds4jax.decode import gate as gates
+from ds4jax.decode.carry import MAX_DEPTH, DecodeCarry
+from ds4jax.decode.modes import Decoding
+from ds4jax.decode.transitions import (
+    agreement,
+    allowed,
+    choose,
+    commit,
+    draft,
+    drop_anchor,
+    fill,
+    first_token,
+    verify,
+)
+from ds4jax.model.deepseek import Model
+
+
+def cycle(
+    model: Model, carry: DecodeCarry, eos: Int[Array, ""], decoding: Decoding
+) -> DecodeCarry:
+    """Run one cycle of `decoding.mode`; sequences that are not active stay.
+
+    Whether the gate lets them draft is for `cycles` to ask.
+    """
+    if not decoding.depth:
+        return _plain(model, carry, eos, decoding)
+    run = {"chained": _chained, "continuous": _continuous}[decoding.mode.kind]
+    if decoding.gate is None:
+        return run(model, carry, eos, decoding)
+    active, before = carry.active, carry.statistics.accepted
+    carry = run(model, carry, eos, decoding)
+    accepted = (carry.statistics.accepted - before).sum(axis=1)
+    state = gates.judge(carry.gate, decoding.gate, accepted, active)
+    return dataclasses.replace(carry, gate=state)
+
+
+def cycles(
+    model: Model,
+    carry: DecodeCarry,
+    eos: Int[Array, ""],
+    limit: Int[Array, ""],
+    decoding: Decoding,
+) -> DecodeCarry:
+    """Run cycles on the device until nothing is active, or `limit` of them.
+
+    A sequence that the gate gives a rest goes on drafting as long as another one does:
+    its rows in their passes cost nothing.
+    """
+
+    def loop(run, condition=lambda carry: True):
+        def body(state):
+            carry, done = state
+            return run(model, carry, eos, decoding), done + 1
+
+        def goes_on(state):
+            carry, done = state
+            return jnp.any(carry.active) & (done < limit) & condition(carry)
+
+        return lambda state: jax.lax.while_loop(goes_on, body, state)
+
+    state = (carry, jnp.int32(0))
+    if decoding.gate is None or not decoding.depth:
+        return loop(cycle)(state)[0]
+    drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
+    # Loops rather than branches of a cycle, which would copy the caches.
+    drafting = loop(cycle, drafts)
+    resting = loop(_resting, lambda carry: ~drafts(carry))
+
+    def goes_on(state):
+        carry, done = state
+        return jnp.any(carry.active) & (done < limit)
+
+    both = lambda state: resting(drafting(state))  # noqa: E731
+    return jax.lax.while_loop(goes_on, both, state)[0]
+
+
+def _resting(model, carry, eos, decoding) -> DecodeCarry:
+    active = carry.active
+    carry = _plain(model, carry, eos, decoding)
+    return dataclasses.replace(carry, gate=gates.rest(carry.gate, active))
+
+
+def _plain(model, carry, eos, decoding) -> DecodeCarry:
+    active = carry.active
+    first = first_token(carry, decoding.temperature)
+    if carry.anchor is not None and decoding.fill:
+        carry = _fill_if_full(model, carry, first)
+    block = first[:, None]
+    out = verify(model, carry, block)
+    carry, _ = commit(carry, out, block, jnp.ones_like(first), eos, decoding)
+    return drop_anchor(carry, active) if decoding.policy == "parity" else carry
+
+
+def _fill_if_full(model, carry, following) -> DecodeCarry:
+    """Write the head's rows that wait once they are as many as a verification leaves.
+
+    So plain decoding seldom pays for a pass of the head; and the anchor keeps space for
+    the base pass of a chained cycle.
+    """
+    anchor = carry.anchor
+    assert anchor is not None
+    full = carry.active & (anchor.rows == 1 + MAX_DEPTH)
+
+    def write():
+        filled = fill(model, carry, following, full)
+        assert filled.anchor is not None
+        return filled.mtp_cache, filled.anchor.rows
+
+    keep = lambda: (carry.mtp_cache, anchor.rows)  # noqa: E731
+    mtp_cache, rows = jax.lax.cond(jnp.any(full), write, keep)
+    anchor = dataclasses.replace(anchor, rows=rows)
+    return dataclasses.replace(carry, mtp_cache=mtp_cache, anchor=anchor)
+
+
+def _chained(model, carry, eos, decoding) -> DecodeCarry:
+    block = first_token(carry, decoding.temperature)[:, None]
+    base, out = carry.active, verify(model, carry, block)
+    carry, _ = commit(carry, out, block, jnp.ones_like(carry.length), eos, decoding)
+    carry = _count(carry, decodes=base)
+    return _speculate(model, carry, eos, decoding)
+
+
+def _continuous(model, carry, eos, decoding) -> DecodeCarry:
+    cold = carry.active & ~carry.anchor.valid
+    carry = _count(carry, boots=cold)
+    return _speculate(model, carry, eos, decoding)
+
+
+def _speculate(model, carry, eos, decoding) -> DecodeCarry:
+    """Draft from the anchor, verify and commit; without an anchor, one token."""
+    mode, temperature = decoding.mode, decoding.temperature
+    valid, most = carry.anchor.valid, allowed(carry)
+    first = first_token(carry, temperature)
+    carry, guesses, lead = draft(model, carry, first, decoding.depth, temperature)
+    block = jnp.concatenate([first[:, None], guesses], axis=1)
+    out = verify(model, carry, block, mode.verifier)
+    at = carry.length[:, None] + 1 + jnp.arange(block.shape[1])
+    count = agreement(block, choose(out.logits, at, carry.rng, temperature))
+    # ds4 then decodes the first token alone: the same, when its rows are independent.
+    usable = valid & (lead >= mode.margin)
+    carry, count = commit(carry, out, block, jnp.where(usable, count, 1), eos, decoding)
+    place = jnp.arange(MAX_DEPTH)
+    drafted = place < jnp.minimum(decoding.depth, most - 1)[:, None]
+    return _count(
+        carry,
+        drafted=usable[:, None] & drafted,
+        accepted=place < count[:, None] - 1,
+    )
+
+
+def _count(carry: DecodeCarry, **more: Array) -> DecodeCarry:
+    """Add to counters, by name."""
+    old = carry.statistics
+    new = {name: getattr(old, name) + add for name, add in more.items()}
+    return dataclasses.replace(carry, statistics=dataclasses.replace(old, **new))
