@@ -169,8 +169,8 @@ def assert_same_visible(actual: DecodeCarry, expected: DecodeCarry):
 def test_garbage_changes_nothing(model, state):
     """Property 33: not a token, not a counter, and nothing that is seen later on.
 
-    Seen red with `blank_invisible` that returns the rows as they are, and with
-    `extend_tags` that believes every tag.
+    Seen red with `blank_invisible` that returns rows as they are, with `extend_tags`
+    that believes every tag, and with an anchor that is valid without rows.
     """
     clean = STATES[state](model)
     garbage = replay.poisoned(clean)
