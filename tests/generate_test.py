@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import models
 import numpy as np
 import pytest
 import shipped
+from absl.testing import flagsaver
 
-from ds4jax import gguf, schema
+import ds4jax.experiments.generate  # noqa: F401  # its flags, before they are saved
+from ds4jax import cli, gguf, schema
 from ds4jax.config import QuantPlan
 from ds4jax.tokenizer import Tokenizer
 
@@ -37,13 +37,15 @@ def wordless(tmp_path_factory):
 
 
 @pytest.fixture
-def generate(tmp_path):
+def generate(tmp_path, monkeypatch, capsys):
+    """Return a function that runs the command in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
     def run(*words):
-        done = subprocess.run(
-            [sys.executable, "-m", "ds4jax", "generate", *words],
-            capture_output=True, text=True, cwd=tmp_path, timeout=300,
-        )  # fmt: skip
-        return done.returncode, done.stdout, done.stderr
+        with flagsaver.flagsaver():
+            status = cli.main(["generate", *words])
+        said = capsys.readouterr()
+        return status, said.out, said.err
 
     return run
 
