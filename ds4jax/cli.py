@@ -32,7 +32,9 @@ COMMANDS = {
     "inspect": "what is in a GGUF file, and what decoding reads of it",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
+    "imatrix": "measure which columns of the matrices matter, for convert",
     "convert": "write GGUF files from a Hugging Face checkpoint",
+    "synth": "write GGUF files of random weights, to measure speed and memory with",
 }
 """The commands, each with its line of `ds4jax --help`."""
 

@@ -187,9 +187,6 @@ class ModelConfig:
         return self.compress_ratios[layer] == CSA_RATIO
 
 
-_DENSE_TYPES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0"}
-
-
 @dataclasses.dataclass(frozen=True)
 class QuantPlan:
     """The ggml type of each group of matrices in a file that ds4jax writes.
@@ -198,29 +195,48 @@ class QuantPlan:
     I32, as ds4 requires.
 
     Attributes:
-      dense: attention, shared experts, LM head, MTP projections (ds4: Q8_0).
-      plain: embedding, hyper-connection maps, router, compressors, indexer (ds4: F16).
-      experts: routed experts (ds4: IQ2_XXS / Q2_K / Q4_K).
+      dense: attention, shared experts, LM head, MTP projections.
+      plain: embedding, hyper-connection maps, router, compressors, indexer.
+      experts: gate and up matrices of the routed experts.
+      down: down matrices of the routed experts.
     """
 
     dense: str
     plain: str
     experts: str
+    down: str
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Return the ggml type of each group of `schema.TensorSpec`."""
+        return {**vars(self), "vector": "F32", "table": "I32"}
 
     @classmethod
     def named(cls, name: str) -> QuantPlan:
-        """Return the plan of `--types=NAME`: `f32`, `f16` or `q8_0`.
-
-        With `q8_0` the plain group stays F16, as in ds4's own files.
+        """Return one of PLANS.
 
         Raises:
           ConfigError: for any other name.
         """
-        if name not in _DENSE_TYPES:
+        if name not in PLANS:
             raise ConfigError(
-                f"types: expected one of {', '.join(_DENSE_TYPES)}, found {name!r}"
+                f"plan: expected one of {', '.join(PLANS)}, found {name!r}"
             )
-        dense = _DENSE_TYPES[name]
-        return cls(
-            dense=dense, plain="F16" if dense == "Q8_0" else dense, experts=dense
-        )
+        return PLANS[name]
+
+
+PLANS = {
+    "f32": QuantPlan("F32", "F32", "F32", "F32"),
+    "f16": QuantPlan("F16", "F16", "F16", "F16"),
+    "q8_0": QuantPlan("Q8_0", "F16", "Q8_0", "Q8_0"),
+    "ds4-q2": QuantPlan("Q8_0", "F16", "IQ2_XXS", "Q2_K"),
+    "ds4-q4": QuantPlan("Q8_0", "F16", "Q4_K", "Q4_K"),
+    "mtp-q4": QuantPlan("Q8_0", "F32", "Q4_K", "Q4_K"),
+}
+"""By name; `ds4-q2`, `ds4-q4` and `mtp-q4` are the layouts of the files that ds4's
+author publishes, the last of them of the MTP block that goes with either trunk."""
+
+
+def mtp_plan(name: str) -> str:
+    """Return the name of the plan for the MTP block of a trunk with plan `name`."""
+    return "mtp-q4" if name.startswith("ds4-") else name

@@ -29,6 +29,9 @@ from jaxtyping import Array, UInt8
 
 from ds4jax.errors import ConfigError
 
+Fields = tuple[np.ndarray, ...]
+"""What a block is made of, in the order of its bytes."""
+
 
 @struct.dataclass
 class QuantTensor:
@@ -106,6 +109,28 @@ def pack(format: str, raw: UInt8[np.ndarray, "... row_bytes"]) -> QuantTensor:
     )
 
 
+def unpack(tensor: QuantTensor) -> UInt8[np.ndarray, "... row_bytes"]:
+    """Return the ggml blocks of a tensor: the inverse of `pack`, bit for bit.
+
+    Returns:
+      uint8 `[..., bytes of a row]`, as it lies in a file.
+
+    Raises:
+      ConfigError: for scales or minima of Q4_K that do not fit their 6 bits.
+    """
+    layout = _FORMATS[tensor.format]
+    *leading, width = tensor.shape
+    blocks = (*leading, width // layout.block)
+    planes = {
+        name: np.asarray(plane).reshape(*blocks, -1)
+        for name, plane in tensor.planes.items()
+    }
+    fields = [
+        np.ascontiguousarray(field).view(np.uint8) for field in layout.merge(**planes)
+    ]
+    return np.concatenate(fields, axis=-1).reshape(*leading, -1)
+
+
 def dequantize(tensor: QuantTensor | Array | np.ndarray) -> Array:
     """Return the float32 values of a tensor; a plain float array is only cast.
 
@@ -145,6 +170,10 @@ def _split_q8_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _merge_q8_0(quants: np.ndarray, d: np.ndarray) -> Fields:
+    return d, quants
+
+
 def _join_q8_0(quants: Array, d: Array) -> Array:
     values = quants.reshape(*d.shape, 32).astype(jnp.float32)
     return values * _f32(d, 1)
@@ -157,6 +186,12 @@ def _split_q2_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
         "d": _field(blocks, 80, 82, "<f2"),
         "dmin": _field(blocks, 82, 84, "<f2"),
     }
+
+
+def _merge_q2_k(
+    quants: np.ndarray, scales: np.ndarray, d: np.ndarray, dmin: np.ndarray
+) -> Fields:
+    return scales, quants, d, dmin
 
 
 def _join_q2_k(quants: Array, scales: Array, d: Array, dmin: Array) -> Array:
@@ -180,6 +215,21 @@ def _split_q4_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _merge_q4_k(
+    quants: np.ndarray,
+    scales: np.ndarray,
+    mins: np.ndarray,
+    d: np.ndarray,
+    dmin: np.ndarray,
+) -> Fields:
+    for name, plane in (("scales", scales), ("mins", mins)):
+        if (largest := plane.max(initial=0)) > 63:
+            raise ConfigError(f"Q4_K: {name}: expected 6 bits, found {largest}")
+    (low_s, high_s), (low_m, high_m) = (np.split(p, 2, -1) for p in (scales, mins))
+    first, second = low_s | (high_s & 48) << 2, low_m | (high_m & 48) << 2
+    return d, dmin, first, second, (high_s & 15) | high_m << 4, quants
+
+
 def _join_q4_k(
     quants: Array, scales: Array, mins: Array, d: Array, dmin: Array
 ) -> Array:
@@ -198,6 +248,12 @@ def _split_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _merge_q6_k(
+    low: np.ndarray, high: np.ndarray, scales: np.ndarray, d: np.ndarray
+) -> Fields:
+    return low, high, scales, d
+
+
 def _join_q6_k(low: Array, high: Array, scales: Array, d: Array) -> Array:
     low = _bits(low, 64, 4).reshape(*d.shape, 16, 16)
     high = _bits(high, 32, 2).reshape(*d.shape, 16, 16)
@@ -212,6 +268,11 @@ def _split_iq2_xxs(blocks: np.ndarray) -> dict[str, np.ndarray]:
         "signs": groups[..., 1::2],
         "d": _field(blocks, 0, 2, "<f2"),
     }
+
+
+def _merge_iq2_xxs(grid: np.ndarray, signs: np.ndarray, d: np.ndarray) -> Fields:
+    groups = np.stack([grid, signs], axis=-1)
+    return d, groups.reshape(*grid.shape[:-1], -1)
 
 
 def _iq2_grid() -> np.ndarray:
@@ -243,6 +304,10 @@ def _split_mxfp4(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def _merge_mxfp4(quants: np.ndarray, exponents: np.ndarray) -> Fields:
+    return exponents, quants
+
+
 def _mxfp4_values() -> np.ndarray:
     # Doubled E2M1 codes times 2^(e - 128); float64 holds each exactly, and float32 too
     # except those that overflow to infinity at e = 255, as they do in gguf-py.
@@ -261,22 +326,35 @@ def _join_mxfp4(quants: Array, exponents: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """How one ggml type is stored; `measure` names a plane and its values per item."""
+    """How one ggml type is stored.
 
+    Attributes:
+      block: values of a block.
+      block_bytes: bytes of a block.
+      measure: a plane and its values per item.
+      split, merge: from bytes `[..., blocks, block_bytes]` to planes
+        `[..., blocks, items of a block]`, and back to the fields of a block.
+      join: from planes `[..., items of a row]` to values.
+    """
+
+    block: int
     block_bytes: int
     measure: tuple[str, int]
     split: Callable[[np.ndarray], dict[str, np.ndarray]]
+    merge: Callable[..., Fields]
     join: Callable[..., Array]
 
 
 _FORMATS = {
-    "Q8_0": _Format(34, ("quants", 1), _split_q8_0, _join_q8_0),
-    "Q2_K": _Format(84, ("quants", 4), _split_q2_k, _join_q2_k),
-    "Q4_K": _Format(144, ("quants", 2), _split_q4_k, _join_q4_k),
-    "Q6_K": _Format(210, ("low", 2), _split_q6_k, _join_q6_k),
-    "IQ2_XXS": _Format(66, ("grid", 32), _split_iq2_xxs, _join_iq2_xxs),
-    "MXFP4": _Format(17, ("quants", 2), _split_mxfp4, _join_mxfp4),
+    "Q8_0": _Format(32, 34, ("quants", 1), _split_q8_0, _merge_q8_0, _join_q8_0),
+    "Q2_K": _Format(256, 84, ("quants", 4), _split_q2_k, _merge_q2_k, _join_q2_k),
+    "Q4_K": _Format(256, 144, ("quants", 2), _split_q4_k, _merge_q4_k, _join_q4_k),
+    "Q6_K": _Format(256, 210, ("low", 2), _split_q6_k, _merge_q6_k, _join_q6_k),
+    "IQ2_XXS": _Format(
+        256, 66, ("grid", 32), _split_iq2_xxs, _merge_iq2_xxs, _join_iq2_xxs
+    ),
+    "MXFP4": _Format(32, 17, ("quants", 2), _split_mxfp4, _merge_mxfp4, _join_mxfp4),
 }
 
 FORMATS = tuple(_FORMATS)
-"""The ggml types that `pack` and `dequantize` know."""
+"""The ggml types that `pack`, `unpack` and `dequantize` know."""

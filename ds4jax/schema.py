@@ -13,7 +13,7 @@ from typing import Literal
 
 from ds4jax.config import ModelConfig
 
-Group = Literal["dense", "plain", "experts", "vector", "table"]
+Group = Literal["dense", "plain", "experts", "down", "vector", "table"]
 
 MATRIX_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q2_K", "Q4_K", "Q6_K", "IQ2_XXS", "MXFP4",
@@ -70,7 +70,7 @@ def _block(config: ModelConfig, prefix: str) -> dict[str, TensorSpec]:
         "ffn_gate_inp.weight": ((c.experts, c.hidden), "plain"),
         "ffn_gate_exps.weight": ((c.experts, c.expert_ffn, c.hidden), "experts"),
         "ffn_up_exps.weight": ((c.experts, c.expert_ffn, c.hidden), "experts"),
-        "ffn_down_exps.weight": ((c.experts, c.hidden, c.expert_ffn), "experts"),
+        "ffn_down_exps.weight": ((c.experts, c.hidden, c.expert_ffn), "down"),
         "ffn_gate_shexp.weight": ((c.expert_ffn, c.hidden), "dense"),
         "ffn_up_shexp.weight": ((c.expert_ffn, c.hidden), "dense"),
         "ffn_down_shexp.weight": ((c.hidden, c.expert_ffn), "dense"),

@@ -73,7 +73,7 @@ def test_it_is_trained():
 def test_it_is_quantised():
     config, weights = trunk()
     for name, spec in schema.trunk(config).items():
-        if spec.group in ("dense", "experts"):
+        if spec.group in ("dense", "experts", "down"):
             assert isinstance(weights[name], QuantTensor), name
 
 

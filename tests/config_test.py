@@ -1,4 +1,4 @@
-"""Every value that `ModelConfig` refuses, its presets, and the plans of `--types`."""
+"""Every value that `ModelConfig` refuses, its presets, and the named plans."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds4jax import schema
-from ds4jax.config import ModelConfig, QuantPlan
+from ds4jax.config import ModelConfig, QuantPlan, mtp_plan
 from ds4jax.errors import ConfigError
 
 FIELDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
@@ -218,18 +218,27 @@ def test_every_matrix_of_tiny_holds_whole_blocks_of_every_format():
     widths = {
         name: spec.shape[-1]
         for name, spec in specs.items()
-        if spec.group in ("dense", "experts")
+        if spec.group in ("dense", "experts", "down")
     }
     assert len(widths) > 7 * 11
     assert {n: width for n, width in widths.items() if width % 256} == {}
 
 
 def test_named_plans():
+    """ds4's published layouts, from the tables of its files' types."""
     plan = QuantPlan.named
-    assert plan("f32") == QuantPlan(dense="F32", plain="F32", experts="F32")
-    assert plan("f16") == QuantPlan(dense="F16", plain="F16", experts="F16")
-    assert plan("q8_0") == QuantPlan(dense="Q8_0", plain="F16", experts="Q8_0")
+    types = lambda name: dataclasses.astuple(plan(name))  # noqa: E731
+    assert types("f32") == ("F32",) * 4
+    assert types("f16") == ("F16",) * 4
+    assert types("q8_0") == ("Q8_0", "F16", "Q8_0", "Q8_0")
+    assert plan("ds4-q2") == QuantPlan(
+        dense="Q8_0", plain="F16", experts="IQ2_XXS", down="Q2_K"
+    )
+    assert types("ds4-q4") == ("Q8_0", "F16", "Q4_K", "Q4_K")
+    assert types("mtp-q4") == ("Q8_0", "F32", "Q4_K", "Q4_K")
+    assert mtp_plan("ds4-q2") == mtp_plan("ds4-q4") == "mtp-q4"
+    assert mtp_plan("q8_0") == "q8_0"
     for name in ("Q8_0", "q4_k", ""):
-        message = f"^types: expected one of f32, f16, q8_0, found {name!r}$"
+        message = f"^plan: expected one of f32, f16, q8_0, .*, found {name!r}$"
         with pytest.raises(ConfigError, match=message):
             plan(name)

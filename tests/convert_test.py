@@ -3,6 +3,7 @@
 import json
 import weakref
 
+import models
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -18,8 +19,10 @@ from checkpoints import (
 from tokenizers import pre_tokenizers
 
 import ds4jax.experiments.convert  # noqa: F401  # its flags, before they are saved
-from ds4jax import cli, gguf
+from ds4jax import cli, gguf, imatrix, schema
+from ds4jax.config import PLANS
 from ds4jax.hf.weights import Weights
+from ds4jax.quant import dequantize
 from ds4jax.tokenizer import REQUIRED_SPECIALS, Tokenizer
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -105,6 +108,92 @@ def test_q8_0_is_ds4s_mixture(run, tmp_path):
     assert kinds["blk.2.attn_norm.weight"] == "F32"
 
 
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """Return a pair in F32 whose rows hold whole blocks of every format."""
+    config = models.micro_config(
+        vocab=280, hidden=256, expert_ffn=256, q_lora=256, o_lora=128, head_dim=128
+    )
+    paths = [tmp_path_factory.mktemp("pair") / name for name in ("t.gguf", "m.gguf")]
+    for path, specs, extra in (
+        (paths[0], schema.trunk(config), {"general.name": "sea", "tokenizer.x": [1]}),
+        (paths[1], schema.mtp(config), {}),
+    ):
+        weights = models.lively_weights(specs, config, seed=1)
+        gguf.write_model(path, config, weights, PLANS["f32"], extra)
+    return paths
+
+
+@pytest.fixture
+def requantise(floats, tmp_path):
+    """Return a function that converts that pair."""
+
+    def convert(**changes) -> int:
+        values = {
+            "gguf": floats[0], "mtp": floats[1],
+            "out": tmp_path / "t.gguf", "mtp_out": tmp_path / "m.gguf",
+        }  # fmt: skip
+        flags = (values | changes).items()
+        with flagsaver.flagsaver():
+            return cli.main(["convert", *(f"--{k}={v}" for k, v in flags if v)])
+
+    return convert
+
+
+def types_of(path) -> dict[str, str]:
+    return {name: t.type for name, t in gguf.read(path).tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "plan, gate, down", [("ds4-q2", "IQ2_XXS", "Q2_K"), ("ds4-q4", "Q4_K", "Q4_K")]
+)
+def test_a_file_is_written_again_in_ds4s_layout(
+    requantise, floats, tmp_path, plan, gate, down
+):
+    """Types, values near the float ones, and what the file says of itself."""
+    assert requantise(plan=plan) == 0
+    trunk, mtp = types_of(tmp_path / "t.gguf"), types_of(tmp_path / "m.gguf")
+    assert trunk["blk.1.ffn_gate_exps.weight"] == gate
+    assert trunk["blk.1.ffn_up_exps.weight"] == gate
+    assert trunk["blk.1.ffn_down_exps.weight"] == down
+    assert trunk["output.weight"] == trunk["blk.1.ffn_up_shexp.weight"] == "Q8_0"
+    assert trunk["blk.1.ffn_gate_inp.weight"] == trunk["token_embd.weight"] == "F16"
+    assert {mtp[f"mtp.0.ffn_{x}_exps.weight"] for x in ("gate", "down")} == {"Q4_K"}
+    assert mtp["mtp.0.ffn_gate_inp.weight"] == "F32"
+    metadata = gguf.read(tmp_path / "t.gguf").metadata
+    assert metadata["general.name"] == "sea" and "tokenizer.x" in metadata
+    config, found = gguf.load_trunk(tmp_path / "t.gguf")
+    before, expected = gguf.load_trunk(floats[0])
+    assert config == before
+    worst = {"F32": 1e-9, "I32": 0, "F16": 1e-3, "Q8_0": 0.01, "Q4_K": 0.1,
+             "Q2_K": 0.35, "IQ2_XXS": 0.4}  # fmt: skip
+    for name, values in expected.items():
+        error = np.asarray(dequantize(found[name])) - np.asarray(values)
+        bound = worst[trunk[name]] * np.sqrt(np.mean(np.square(values)))
+        assert np.sqrt(np.mean(np.square(error))) <= bound, name
+
+
+def test_an_importance_matrix_moves_the_errors(requantise, floats, tmp_path):
+    """Columns that matter come out better; importances of another model are refused."""
+    config, weights = gguf.load_trunk(floats[0])
+    name = "blk.1.ffn_up_exps.weight"
+    loud = np.ones((config.experts, config.hidden), np.float32)
+    loud[:, ::2] = 100
+    errors = []
+    for importance in (loud, None):
+        path = tmp_path / "i.gguf"
+        if importance is not None:
+            sums = imatrix.Sums(importance, np.ones(config.experts, np.float32))
+            imatrix.write(path, {name: sums}, "sea", 1, 512)
+        words = {} if importance is None else {"imatrix": path}
+        assert requantise(plan="ds4-q2", **words) == 0
+        found = gguf.load_trunk(tmp_path / "t.gguf")[1][name]
+        error = np.square(np.asarray(dequantize(found)) - np.asarray(weights[name]))
+        errors.append((error[..., ::2].mean(), error[..., 1::2].mean()))
+    (loud_with, quiet_with), (loud_without, _) = errors
+    assert loud_with < 0.9 * loud_without and loud_with < quiet_with
+
+
 def test_the_tokenizer_comes_along(run, tmp_path):
     config = TRANSFORMERS_JSON | {"vocab_size": VOCAB}
     assert run(resized(OFFICIAL_WEIGHTS), config, tokenizer_json()) == 0
@@ -169,7 +258,9 @@ NO_MTP = {k: v for k, v in OFFICIAL_WEIGHTS.items() if not k.startswith("mtp.")}
         (OFFICIAL_WEIGHTS, {"mtp_out": "{}/checkpoint"}, "it is not a regular file"),
         (OFFICIAL_WEIGHTS, {"mtp_out": "{}/none/m.gguf"}, "No such file or directory"),
         (OFFICIAL_WEIGHTS, {"hf": "{}/none"}, "config.json: expected a JSON file"),
-        (OFFICIAL_WEIGHTS, {"types": "q3"}, "types"),
+        (OFFICIAL_WEIGHTS, {"plan": "q3"}, "--plan=q3: value should be one of"),
+        (OFFICIAL_WEIGHTS, {"gguf": "{}/t.gguf"}, "--hf: expected a checkpoint alone"),
+        (OFFICIAL_WEIGHTS, {"imatrix": "{}/t.gguf"}, "t.gguf: "),
         (OFFICIAL_WEIGHTS, {"tokenizer": []}, "expected a tokenizer.json"),
         (
             OFFICIAL_WEIGHTS,

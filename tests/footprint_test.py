@@ -4,30 +4,26 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ds4jax import schema
-from ds4jax.config import ModelConfig
+from ds4jax.config import PLANS, ModelConfig, QuantPlan
 from ds4jax.experiments import footprint
 
 FLASH = ModelConfig.flash()
-TYPES = {"dense": "Q8_0", "plain": "F16", "vector": "F32", "table": "I32"}
 
 
-def sizes(
-    specs: dict[str, schema.TensorSpec], gate: str, down: str, plain: str = "F16"
-) -> dict[str, int]:
-    """Return the bytes of each tensor, with these types for experts and maps."""
+def sizes(specs: dict[str, schema.TensorSpec], plan: QuantPlan) -> dict[str, int]:
+    """Return the bytes of each tensor of a file with this plan."""
     found = {}
     for name, spec in specs.items():
-        experts = down if "down" in name else gate
-        type_name = (TYPES | {"experts": experts, "plain": plain})[spec.group]
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+        ggml_type = GGMLQuantizationType[plan.types[spec.group]]
+        block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         found[name] = spec.size // block * block_bytes
     return found
 
 
-Q2 = sizes(schema.trunk(FLASH), "IQ2_XXS", "Q2_K")
-Q4 = sizes(schema.trunk(FLASH), "Q4_K", "Q4_K")
-MXFP4 = sizes(schema.trunk(FLASH), "MXFP4", "MXFP4")
-MTP = sizes(schema.mtp(FLASH), "Q4_K", "Q4_K", plain="F32")
+Q2 = sizes(schema.trunk(FLASH), PLANS["ds4-q2"])
+Q4 = sizes(schema.trunk(FLASH), PLANS["ds4-q4"])
+MXFP4 = sizes(schema.trunk(FLASH), QuantPlan("Q8_0", "F16", "MXFP4", "MXFP4"))
+MTP = sizes(schema.mtp(FLASH), PLANS["mtp-q4"])
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 """`ds4jax generate`: what it prints and writes, and the prompts it takes."""
 
+import functools
 import hashlib
 import json
 
+import commands
 import models
 import numpy as np
 import pytest
 import shipped
-from absl.testing import flagsaver
 
-import ds4jax.experiments.generate  # noqa: F401  # its flags, before they are saved
-from ds4jax import cli, gguf, schema
+from ds4jax import gguf, schema
 from ds4jax.config import QuantPlan
 from ds4jax.tokenizer import Tokenizer
 
@@ -36,18 +36,17 @@ def wordless(tmp_path_factory):
     return f"--gguf={path}"
 
 
+@pytest.fixture(scope="module")
+def command():
+    with commands.command("generate") as command:
+        yield command
+
+
 @pytest.fixture
-def generate(tmp_path, monkeypatch, capsys):
+def generate(command, tmp_path):
     """Return a function that runs the command in `tmp_path`."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        with flagsaver.flagsaver():
-            status = cli.main(["generate", *words])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+    command.environment = {}
+    return functools.partial(command.run, tmp_path)
 
 
 def test_compares_modes_and_writes_what_it_did(generate, files, tokenizer, tmp_path):
@@ -84,9 +83,9 @@ def test_a_chain_that_samples_is_plains_text(generate, files, tmp_path):
     assert len(stats["accepted_by_place"]) == 3 and stats["base_decodes"] > 0
 
 
-def test_ds4s_flags_and_switches_choose_a_mode(generate, files, monkeypatch):
-    for name in ("CONTINUOUS", "SPEC_LOG", "CONF_LOG", "TIMING", "PROBE"):
-        monkeypatch.setenv(f"DS4_MTP_{name}", "0")
+def test_ds4s_flags_and_switches_choose_a_mode(generate, files, command):
+    switches = "CONTINUOUS", "SPEC_LOG", "CONF_LOG", "TIMING", "PROBE"
+    command.environment = {f"DS4_MTP_{name}": "0" for name in switches}
     words = *files, "--prompt=The old man", "--max_tokens=6"
     status, out, err = generate(*words, "--mtp_draft=2")
     assert status == 0, err

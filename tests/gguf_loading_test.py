@@ -46,8 +46,8 @@ def contents(specs, types) -> dict[str, tuple[np.ndarray, str]]:
     rng = np.random.default_rng(0)
     found = {}
     for name, spec in specs.items():
-        group = "down" if "ffn_down_exps" in name and "down" in types else spec.group
-        ggml_type = ({"vector": "F32", "table": "I32"} | types)[group]
+        others = {"vector": "F32", "table": "I32", "down": types["experts"]}
+        ggml_type = (others | types)[spec.group]
         found[name] = stored(spec, ggml_type, rng), ggml_type
     return found
 

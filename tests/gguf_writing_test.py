@@ -7,7 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFValueType as Value
 
-from ds4jax import quant, schema
+from ds4jax import quant, quantize, schema
 from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.errors import ConfigError, FileError
 from ds4jax.gguf import load_mtp, load_trunk, read, write, write_model
@@ -52,14 +52,13 @@ def test_a_model_comes_back_as_it_was_encoded(tmp_path, types):
     config, found_trunk = load_trunk(trunk)
     assert config == MODEL
     found_mtp = load_mtp(mtp, config)
-    group_types = {**vars(plan), "vector": "F32", "table": "I32"}
     for specs, found, expected in [
         (schema.trunk(MODEL), found_trunk, expected_trunk),
         (schema.mtp(MODEL), found_mtp, expected_mtp),
     ]:
         assert list(found) == list(specs)
         for name, spec in specs.items():
-            ggml_type = group_types[spec.group]
+            ggml_type = plan.types[spec.group]
             if ggml_type == "I32":
                 np.testing.assert_array_equal(found[name], expected[name])
                 continue
@@ -104,6 +103,28 @@ def test_values_too_small_to_scale_stay_small(tmp_path, ggml_type):
     raw = read(tmp_path / "x.gguf").tensors["t"].data
     found = gguf.quants.dequantize(raw, Type[ggml_type])
     np.testing.assert_allclose(found, values, rtol=1e-3, atol=1e-37)
+
+
+@pytest.mark.parametrize("ggml_type", ["Q2_K", "Q4_K", "IQ2_XXS"])
+@pytest.mark.parametrize("shape", [(512,), (2, 512), (3, 512)])
+def test_importance_is_of_a_matrix_or_of_each(tmp_path, ggml_type, shape):
+    """In the formats that gguf-py cannot encode; [3, 512] is of three matrices."""
+    values = sample(3, 2, 512)
+    path, weights = tmp_path / "x.gguf", np.abs(sample(*shape))
+    put = lambda **more: write(path, {}, {"t": (values, ggml_type)}, **more)  # noqa: E731
+    if shape == (2, 512):
+        with pytest.raises(ConfigError, match=r"t: importance: .*found \(2, 512\)"):
+            put(importance={"t": weights})
+        return
+    put(importance={"t": weights, "other": weights})
+    found = read(path).tensors["t"].data
+    for matrix, raw, own in zip(
+        values, found, np.broadcast_to(weights, (3, 512)), strict=True
+    ):
+        expected = quantize.quantize(matrix, ggml_type, np.ascontiguousarray(own))
+        np.testing.assert_array_equal(raw, expected)
+    put()
+    assert (read(path).tensors["t"].data != found).any()
 
 
 def test_arrays_on_a_device_are_written(tmp_path):
@@ -169,7 +190,7 @@ def test_metadata_gets_the_types_that_ds4_expects(tmp_path):
 
 
 UNWRITABLE = {
-    "K-quant": (sample(2, 256), "Q4_K", "type: expected one of F32, .*, found 'Q4_K'"),
+    "K-quant": (sample(2, 256), "Q6_K", "type: expected one of F32, .*, found 'Q6_K'"),
     "no type": (sample(2, 256), "q8", "type: expected one of F32, .*, found 'q8'"),
     "partial block": (
         sample(2, 48),

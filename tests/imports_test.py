@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("ds4jax",),
     ("config", "errors", "files"),
-    ("schema", "quant", "quantize", "assets"),
-    ("gguf", "hf", "tokenizer", "pallas"),
+    ("schema", "quant", "quantize", "assets", "synthetic"),
+    ("gguf", "hf", "tokenizer", "pallas", "imatrix"),
     ("model",),
     ("decode",),
     ("train",),

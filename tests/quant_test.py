@@ -1,5 +1,8 @@
 """Every block format against gguf-py, bit for bit."""
 
+import dataclasses
+import math
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -58,6 +61,65 @@ def test_random_bytes_dequantise_to_the_bits_of_gguf_py(name, seed, leading, blo
     assert tensor.shape == expected.shape == (*leading, blocks * block(name)[0])
     assert tensor.ndim == len(leading) + 1
     assert_same_bits(jax.jit(quant.dequantize)(tensor), expected)
+
+
+@st.composite
+def rows_of_blocks(draw, name: str) -> np.ndarray:
+    """Draw bytes that hypothesis shrinks, or a great many from a seed."""
+    size = block(name)[1]
+    leading = draw(st.lists(st.integers(1, 3), max_size=2).map(tuple))
+    if draw(st.booleans()):
+        return random_blocks(name, draw(st.integers(0, 2**32 - 1)), leading, 3)
+    count = math.prod(leading) * size
+    raw = draw(st.binary(min_size=count, max_size=count))
+    return np.frombuffer(raw, np.uint8).reshape(*leading, size)
+
+
+@EVERY_FORMAT
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_unpacking_gives_the_bytes_that_were_packed(name, data):
+    """Any bytes, NaN with payloads among the scales; seen red with nibbles swapped."""
+    raw = data.draw(rows_of_blocks(name))
+    found = quant.unpack(quant.pack(name, raw))
+    assert found.dtype == np.uint8 and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, raw)
+
+
+def random_planes(name: str, seed: int, leading: tuple[int, ...]):
+    """Return a tensor of any planes that two blocks can hold, drawn plane by plane."""
+    rng = np.random.default_rng(seed)
+    tensor = quant.pack(name, np.zeros((*leading, 2 * block(name)[1]), np.uint8))
+    planes = {}
+    for plane, values in tensor.planes.items():
+        raw = rng.integers(0, 256, (*leading, values.nbytes // 6), dtype=np.uint8)
+        if name == "Q4_K" and plane in ("scales", "mins"):
+            raw &= 63
+        planes[plane] = raw.view(values.dtype)
+    return dataclasses.replace(tensor, planes=planes)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("on_device", [False, True])
+def test_packing_gives_the_planes_that_were_unpacked(name, on_device):
+    for seed in range(20):
+        tensor = random_planes(name, seed, (2, 3))
+        place = jnp.asarray if on_device else np.asarray
+        found = quant.pack(name, quant.unpack(jax.tree.map(place, tensor)))
+        assert found.planes.keys() == tensor.planes.keys()
+        for plane, values in tensor.planes.items():
+            assert found.planes[plane].dtype == values.dtype
+            np.testing.assert_array_equal(
+                found.planes[plane].view(np.uint8), values.view(np.uint8)
+            )
+
+
+@pytest.mark.parametrize("plane", ["scales", "mins"])
+def test_scales_that_q4_k_cannot_hold_are_refused(plane):
+    tensor = quant.pack("Q4_K", random_blocks("Q4_K", 0, (3,), 1))
+    tensor.planes[plane][2, 5] = 64
+    with pytest.raises(ConfigError, match=f"Q4_K: {plane}: expected 6 bits, found 64"):
+        quant.unpack(tensor)
 
 
 SCALE_OFFSETS = {

@@ -1,6 +1,7 @@
-"""Write ds4's GGUF files from a Hugging Face checkpoint of DeepSeek-V4.
+"""Write ds4's GGUF files, from a Hugging Face checkpoint of DeepSeek-V4 or from others.
 
-    ds4jax convert --hf=DIR --out=trunk.gguf --mtp_out=mtp.gguf
+    ds4jax convert --hf=DIR --plan=ds4-q2 --out=trunk.gguf --mtp_out=mtp.gguf
+    ds4jax convert --gguf=f32.gguf --plan=ds4-q4 --imatrix=imatrix.gguf --out=q4.gguf
 
 DIR holds config.json, safetensors files (official or transformers' names; FP8 and FP4
 storage is dequantised first) and, for text, tokenizer.json.  Tensors are converted one
@@ -10,6 +11,7 @@ at a time, and both files appear when both are complete.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,24 +21,64 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ds4jax import gguf, hf, schema
-from ds4jax.config import ModelConfig, QuantPlan
+from ds4jax import gguf, hf, imatrix, schema
+from ds4jax.config import PLANS, ModelConfig, QuantPlan, mtp_plan
 from ds4jax.errors import ConfigError, FileError
+from ds4jax.experiments import model_flags
 from ds4jax.files import check_place, replacing
+from ds4jax.quant import dequantize
 from ds4jax.tokenizer import Tokenizer
 
-_HF = flags.DEFINE_string("hf", None, "Directory of the checkpoint.", required=True)
+flags.adopt_module_key_flags(model_flags)
+_HF = flags.DEFINE_string(
+    "hf", None, "Directory of a checkpoint to convert, in place of --gguf and --mtp."
+)
 _OUT = flags.DEFINE_string("out", None, "Trunk file to write.", required=True)
 _MTP_OUT = flags.DEFINE_string(
     "mtp_out", None, "File to write for the MTP block; without it none is written."
 )
-_TYPES = flags.DEFINE_enum(
-    "types",
+_PLAN = flags.DEFINE_enum(
+    "plan",
     "q8_0",
-    ["f32", "f16", "q8_0"],
-    "Type of the matrices; with q8_0 the embedding, routers, compressors, indexers and"
-    " hyper-connections are f16, as in ds4's own files.",
+    list(PLANS),
+    "Types of the matrices. With q8_0 and ds4's own layouts, ds4-q2 and ds4-q4, the"
+    " embedding, routers, compressors, indexers and hyper-connections are f16; with the"
+    " latter the MTP block is mtp-q4.",
 )
+flags.DEFINE_alias("types", "plan")
+_IMATRIX = flags.DEFINE_string(
+    "imatrix", None, "File of `ds4jax imatrix`: which columns of a matrix matter."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What is converted; `mtp` is empty if there is no MTP block."""
+
+    name: str
+    config: ModelConfig
+    trunk: Mapping[str, np.ndarray]
+    mtp: Mapping[str, np.ndarray]
+    metadata: dict[str, Any]
+
+
+class _Dequantised(Mapping[str, np.ndarray]):
+    """A GGUF file's weights in float32 (tables: int32), each made when asked for."""
+
+    def __init__(self, weights: gguf.Weights):
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        weight = self._weights[name]
+        if isinstance(weight, np.ndarray) and weight.dtype == np.int32:
+            return weight
+        return np.asarray(dequantize(weight))
+
+    def __iter__(self):
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class _Deferred:
@@ -61,43 +103,92 @@ class _Deferred:
 
 
 def main(argv: Sequence[str]):
-    """Convert the checkpoint that the flags name.
+    """Convert what the flags name.
 
     Raises:
-      ConfigError, FileError: as `hf.load`, `hf.vocabulary` and `gguf.write_model`; if
-        `--mtp_out` is given for a checkpoint without an MTP block.
+      ConfigError, FileError: as the readers of the source, `imatrix.read` and
+        `gguf.write_model`; for flags that do not go together, or `--mtp_out` where
+        there is no MTP block.
     """
     del argv
-    source, out = Path(_HF.value), Path(_OUT.value)
-    config, trunk, mtp = hf.load(source)
-    jobs = [(out, trunk, schema.trunk(config), _vocabulary(source, config))]
+    out = Path(_OUT.value)
+    source = _read_source()
+    plan = _PLAN.value
+    jobs = [(out, source.trunk, schema.trunk(source.config), plan, source.metadata)]
     if _MTP_OUT.value is not None:
         mtp_out = Path(_MTP_OUT.value)
-        if not mtp:
+        if not source.mtp:
             raise ConfigError(
-                f"--mtp_out={mtp_out}: {source} has no MTP block; leave the flag out"
+                f"--mtp_out={mtp_out}: {source.name} has no MTP block; leave the flag"
+                " out"
             )
         if mtp_out.resolve() == out.resolve():
             raise ConfigError(f"--mtp_out={mtp_out}: expected another file than --out")
-        jobs.append((mtp_out, mtp, schema.mtp(config), {}))
-    elif mtp:
-        _note(f"the MTP block of {source} is left out; --mtp_out=FILE writes it")
-    plan = QuantPlan.named(_TYPES.value)
-    total = sum(len(weights) for _, weights, _, _ in jobs)
+        specs = schema.mtp(source.config)
+        jobs.append((mtp_out, source.mtp, specs, mtp_plan(plan), {}))
+    elif source.mtp:
+        _note(f"the MTP block of {source.name} is left out; --mtp_out=FILE writes it")
+    importance = _read_importance([specs for _, _, specs, _, _ in jobs])
+    total = sum(len(weights) for _, weights, *_ in jobs)
     for path, *_ in jobs:
         check_place(path)
     with contextlib.ExitStack() as stack:
         # Each is moved into place as the stack unwinds, if all are written.
         parts = [stack.enter_context(replacing(path)) for path, *_ in jobs]
         with tqdm(total=total, unit="tensor", disable=None) as bar:
-            for part, (_, weights, specs, metadata) in zip(parts, jobs, strict=True):
+            for part, (_, weights, specs, name, extra) in zip(parts, jobs, strict=True):
                 deferred: dict[str, Any] = {
                     name: _Deferred(weights, name, specs[name].shape, bar)
                     for name in weights
                 }
-                gguf.write_model(part, config, deferred, plan, metadata)
-    for path, weights, _, _ in jobs:
+                types = QuantPlan.named(name)
+                gguf.write_model(
+                    part, source.config, deferred, types, extra, importance
+                )
+    for path, weights, *_ in jobs:
         print(f"{path}: {len(weights)} tensors, {path.stat().st_size:,} bytes")
+
+
+def _read_source() -> _Source:
+    if _HF.value is not None:
+        if model_flags.are_given():
+            raise ConfigError(
+                "--hf: expected a checkpoint alone, found --gguf or --mtp too"
+            )
+        root = Path(_HF.value)
+        config, trunk, mtp = hf.load(root)
+        return _Source(_HF.value, config, trunk, mtp, _vocabulary(root, config))
+    path, mtp_path = model_flags.trunk_path(), model_flags.mtp_path()
+    config, trunk = gguf.load_trunk(path)
+    mtp = {} if mtp_path is None else gguf.load_mtp(mtp_path, config)
+    keys = gguf.read(path).metadata
+    kept = {k: v for k, v in keys.items() if k.startswith(("tokenizer.", "general."))}
+    return _Source(str(path), config, _Dequantised(trunk), _Dequantised(mtp), kept)
+
+
+def _read_importance(
+    jobs: Sequence[Mapping[str, schema.TensorSpec]],
+) -> dict[str, np.ndarray]:
+    """Return the importances by tensor; a file of another model is refused."""
+    if _IMATRIX.value is None:
+        return {}
+    found = imatrix.read(_IMATRIX.value)
+    specs = {name: spec for job in jobs for name, spec in job.items()}
+    known = found.keys() & specs.keys()
+    if not known:
+        raise ConfigError(
+            f"--imatrix={_IMATRIX.value}: expected importances of this model's"
+            " matrices, found none"
+        )
+    for name in sorted(known):
+        *experts, _, width = specs[name].shape
+        expected = (*experts, width)
+        if found[name].shape != expected:
+            raise ConfigError(
+                f"--imatrix={_IMATRIX.value}: {name}: expected {expected}, found"
+                f" {found[name].shape}; it is of another model"
+            )
+    return found
 
 
 def _vocabulary(source: Path, config: ModelConfig) -> dict[str, Any]:

@@ -44,6 +44,11 @@ def mtp_path() -> Path | None:
     return None if _GGUF.value else assets.mtp()
 
 
+def are_given() -> bool:
+    """Say whether a file is named, rather than the shipped ones meant."""
+    return _GGUF.value is not None or _MTP.value is not None
+
+
 def load(**changes) -> Model:
     """Return the model of the flags, on the default device.
 
@@ -54,10 +59,10 @@ def load(**changes) -> Model:
       FileError: as `gguf.load_trunk` and `gguf.load_mtp`.
       ConfigError: as they, or if the changes do not suit the model.
     """
-    config, trunk = gguf.load_trunk(trunk_path())
+    config, trunk = gguf.load_trunk(trunk_path(), deepseek.place)
     config = dataclasses.replace(config, **changes)
     mtp = mtp_path()
-    head = gguf.load_mtp(mtp, config) if mtp else None
+    head = gguf.load_mtp(mtp, config, deepseek.place) if mtp else None
     return deepseek.build(config, trunk, head)
 
 

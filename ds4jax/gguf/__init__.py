@@ -7,6 +7,7 @@ BF16 and I32 tensors, as views of the mapped file) or `QuantTensor`s.
 from ds4jax.gguf.architecture import config, metadata
 from ds4jax.gguf.container import GGUF, Tensor, read
 from ds4jax.gguf.loading import Weights, load_mtp, load_trunk
+from ds4jax.gguf.storing import write_stored
 from ds4jax.gguf.writing import WRITABLE_TYPES, write, write_model
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "read",
     "write",
     "write_model",
+    "write_stored",
 ]

@@ -1,15 +1,18 @@
 """From a checked file to a model's weights, tensor by tensor.
 
-Packing copies one tensor at a time out of the map, so host memory never holds a file
-twice; plain tensors stay views of it.
+Packing copies one tensor at a time out of the map, and plain tensors stay views of it.
+Whoever puts each on a device as it comes never has more than one of them in host
+memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ds4jax import quant, schema
 from ds4jax.config import ModelConfig
@@ -20,12 +23,21 @@ from ds4jax.quant import QuantTensor
 
 Weights = dict[str, np.ndarray | QuantTensor]
 
+Place = Callable[..., Any]
+
 _TRUNK_ONLY = "token_embd.weight"
 _MTP_ONLY = "mtp.0.norm.weight"
 
 
-def load_trunk(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
+def load_trunk(
+    path: str | os.PathLike[str], place: Place | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a trunk: its architecture and every tensor of `schema.trunk`.
+
+    Args:
+      path: file to read.
+      place: what is to become of each tensor once it is checked, such as
+        `deepseek.place`; without it the result is `Weights`, in host memory.
 
     Raises:
       FileError: if it is not a trunk, or a tensor is missing, unexpected, of another
@@ -38,11 +50,18 @@ def load_trunk(path: str | os.PathLike[str]) -> tuple[ModelConfig, Weights]:
     config = read_config(file)
     specs = schema.trunk(config)
     _check(file, specs, "its metadata describes another model")
-    return config, _load(file, specs, config)
+    return config, _load(file, specs, config, place)
 
 
-def load_mtp(path: str | os.PathLike[str], config: ModelConfig) -> Weights:
+def load_mtp(
+    path: str | os.PathLike[str], config: ModelConfig, place: Place | None = None
+) -> dict[str, Any]:
     """Read the MTP block of the trunk that `config` describes.
+
+    Args:
+      path: file to read.
+      config: of the trunk.
+      place: as of `load_trunk`.
 
     Raises:
       FileError: as `load_trunk`, or if the block is of another model.
@@ -52,7 +71,7 @@ def load_mtp(path: str | os.PathLike[str], config: ModelConfig) -> Weights:
         raise FileError(f"{path}: this is a trunk; expected an MTP file")
     specs = schema.mtp(config)
     _check(file, specs, "this MTP file belongs to another model than the trunk")
-    return _load(file, specs, config)
+    return _load(file, specs, config, place)
 
 
 def _check(file: GGUF, specs: Mapping[str, schema.TensorSpec], hint: str):
@@ -90,27 +109,49 @@ def _check(file: GGUF, specs: Mapping[str, schema.TensorSpec], hint: str):
 
 
 def _load(
-    file: GGUF, specs: Mapping[str, schema.TensorSpec], config: ModelConfig
-) -> Weights:
-    weights: Weights = {}
-    for name, spec in specs.items():
-        found = file.tensors[name]
-        if spec.group == "table":
-            low, high = int(found.data.min()), int(found.data.max())
-            if low < 0 or high >= config.experts:
-                raise FileError(
-                    f"{file.path}: tensor {name}: expected expert ids in"
-                    f" 0..{config.experts - 1}, found {low}..{high}"
-                )
-            weights[name] = found.data
-            continue
-        weight = found.data
-        if found.type in quant.FORMATS:
-            weight = quant.pack(found.type, found.data)
-        if flaw := find_flaw(weight):
-            raise FileError(f"{file.path}: tensor {name} ({found.type}): found {flaw}")
-        weights[name] = weight
+    file: GGUF,
+    specs: Mapping[str, schema.TensorSpec],
+    config: ModelConfig,
+    place: Place | None,
+) -> dict[str, Any]:
+    weights = {}
+    with tqdm(
+        desc=file.path.name,
+        total=sum(tensor.nbytes for tensor in file.tensors.values()),
+        unit="B",
+        unit_scale=True,
+        disable=None,
+        delay=1,
+        leave=False,
+    ) as bar:
+        for name, spec in specs.items():
+            weight = _read(file, name, spec, config)
+            weights[name] = place(weight) if place else weight
+            # Or it would stay while the next one is packed.
+            del weight
+            bar.update(file.tensors[name].nbytes)
     return weights
+
+
+def _read(
+    file: GGUF, name: str, spec: schema.TensorSpec, config: ModelConfig
+) -> np.ndarray | QuantTensor:
+    """Return one tensor, its values checked."""
+    found = file.tensors[name]
+    if spec.group == "table":
+        low, high = int(found.data.min()), int(found.data.max())
+        if low < 0 or high >= config.experts:
+            raise FileError(
+                f"{file.path}: tensor {name}: expected expert ids in"
+                f" 0..{config.experts - 1}, found {low}..{high}"
+            )
+        return found.data
+    weight = found.data
+    if found.type in quant.FORMATS:
+        weight = quant.pack(found.type, found.data)
+    if flaw := find_flaw(weight):
+        raise FileError(f"{file.path}: tensor {name} ({found.type}): found {flaw}")
+    return weight
 
 
 def find_flaw(weight: np.ndarray | QuantTensor) -> str | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jaxtyping import Array
 
 from ds4jax import schema
 from ds4jax.config import ModelConfig
@@ -64,14 +65,28 @@ def build(
         rather than once here; less memory, more arithmetic, the same bits.
     """
 
-    def place(weight: Weight) -> Weight:
-        quantised = isinstance(weight, QuantTensor) or weight.dtype.itemsize == 2
-        if quantised and not packed:
-            return dequantize(weight)
-        return jax.tree.map(jnp.asarray, weight)
-
-    place_all = lambda weights: {name: place(w) for name, w in weights.items()}  # noqa: E731
+    place_all = lambda weights: {n: place(w, packed) for n, w in weights.items()}  # noqa: E731
     return Model(place_all(trunk), place_all(mtp or {}), config)
+
+
+def place(weight: Weight, packed: bool = False) -> Weight:
+    """Put one weight on the default device, as `build` does, and wait for it.
+
+    Given to `gguf.load_trunk` and `gguf.load_mtp`, it keeps the host from holding more
+    than one tensor; `build` then leaves what is in place as it is.
+
+    Args:
+      weight: of any type.  If it is numpy's it must not change afterwards: the CPU may
+        use its memory as it is.
+      packed: as of `build`.
+    """
+    quantised = isinstance(weight, QuantTensor) or weight.dtype.itemsize == 2
+    # Not `jnp.asarray`, which first copies on the host.
+    put = lambda plane: plane if isinstance(plane, Array) else jax.device_put(plane)  # noqa: E731
+    placed = jax.block_until_ready(jax.tree.map(put, weight))
+    # JAX lets go of what it copied from when Python next collects garbage.
+    gc.collect(0)
+    return dequantize(placed) if quantised and not packed else placed
 
 
 def random_weights(

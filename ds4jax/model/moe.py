@@ -17,6 +17,7 @@ from ds4jax.pallas.matmul import (
     every_expert_matmul,
     expert_matmul,
     experts_in_groups,
+    is_watched,
 )
 from ds4jax.quant import dequantize
 
@@ -56,8 +57,10 @@ class MoE(nnx.Module):
         chosen, share = self.route(x, tokens)
         flat = x.reshape(-1, x.shape[-1])
         # Few rows read only their own experts, one copy for each choice; once that
-        # is as many as there are, computing them all costs less.
-        routed = self._chosen if chosen.size < self.config.experts else self._all
+        # is as many as there are, computing them all costs less.  Who watches the
+        # products is to learn which rows are an expert's, so these must be few.
+        few = chosen.size < self.config.experts or is_watched()
+        routed = self._chosen if few else self._all
         out = routed(flat, *(a.reshape(len(flat), -1) for a in (chosen, share)))
         shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
         return out.reshape(x.shape) + self.shared_down(shared), chosen

@@ -40,8 +40,14 @@ def fp8_round_trip(x: Float[Array, "*rows N"]) -> Float[Array, "*rows N"]:
     blocks = _blocks(x, _FP8_BLOCK)
     peak = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     scale = _power_of_two_above(jnp.maximum(peak, _FP8_FLOOR) / _FP8_MAX)
-    scaled = jnp.clip(blocks / scale, -_FP8_MAX, _FP8_MAX)
-    coded = scaled.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    size = jnp.minimum(jnp.abs(blocks) / scale, _FP8_MAX)
+    # By hand, since not every device has the type: three bits below the leading one,
+    # of which the smallest is 2^-6, and rounding half to even.
+    exponent = jax.lax.bitcast_convert_type(size, jnp.int32) >> 23
+    step = jax.lax.bitcast_convert_type(
+        (jnp.maximum(exponent, 127 - 6) - 3) << 23, jnp.float32
+    )
+    coded = jnp.copysign(jnp.round(size / step) * step, blocks)
     return (coded * scale).reshape(x.shape)
 
 

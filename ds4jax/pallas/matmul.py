@@ -7,7 +7,10 @@ dot.  It serves every device, and is the reference for any kernel.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,39 @@ Weight = QuantTensor | Array | np.ndarray
 
 _EXPERTS_AT_ONCE = 16
 """Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
+
+Report = Callable[[Array, Weight, Array | None], None]
+"""Told of a product: x [..., In], the weight, and the expert ids of `expert_matmul`."""
+
+_report: contextvars.ContextVar[Report | None] = contextvars.ContextVar(
+    "report", default=None
+)
+
+
+@contextlib.contextmanager
+def watching(report: Report) -> Iterator[None]:
+    """Call `report` with the operands of every product that is traced in the block.
+
+    Products are reported as their code is traced: a function that jit knows already
+    reports nothing, and what it was compiled to outside the block has no trace of
+    this.  `every_expert_matmul` cannot say which rows are an expert's and is silent;
+    `MoE` does without it here.
+    """
+    token = _report.set(report)
+    try:
+        yield
+    finally:
+        _report.reset(token)
+
+
+def is_watched() -> bool:
+    """Say whether this is a block of `watching`."""
+    return _report.get() is not None
+
+
+def _tell(x: Array, w: Weight, expert_ids: Array | None = None):
+    if report := _report.get():
+        report(x, w, expert_ids)
 
 
 def _precision(dtype: str) -> jax.lax.Precision | None:
@@ -65,6 +101,7 @@ def quant_matmul(
     x: Float[Array, "*rows In"], w: Weight, dtype: str = "float32"
 ) -> Float[Array, "*rows Out"]:
     """Return `x @ w.T` in float32, for `w [Out, In]`."""
+    _tell(x, w)
     return einsum("...i,oi->...o", x, dequantize(w), dtype)
 
 
@@ -76,6 +113,7 @@ def grouped_matmul(
     Rows `g * Out ...` of the stored matrix belong to group g, as ds4 stores the
     grouped output projection.
     """
+    _tell(x, w)
     groups, width = x.shape[-2:]
     w = dequantize(w).reshape(groups, -1, width)
     return einsum("...gi,goi->...go", x, w, dtype)
@@ -91,6 +129,7 @@ def expert_matmul(
 
     Only the chosen experts are read and dequantised.
     """
+    _tell(x, w, expert_ids)
     chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
     return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
 
