@@ -20,6 +20,15 @@ def pytest_configure(config: pytest.Config):
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Let go of the programs of a file when it is done, or they fill the memory."""
+    import jax
+
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     chosen = config.option.markexpr
     for item in items:
