@@ -10,11 +10,9 @@ Example:
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
@@ -63,9 +61,7 @@ def run(model: Model, prompt: Sequence[int], mode: Mode) -> dict[str, object]:
         for place in range(MAX_DEPTH)
     } | {
         "worst_gap": f"{gaps.max():.3g}",
-        "sha256": hashlib.sha256(
-            np.array(tokens[len(prompt) :], "<i4").tobytes()
-        ).hexdigest()[:16],
+        "sha256": driver.digest(tokens[len(prompt) :])[:16],
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import sys
 from typing import Any, Literal
 
-from ds4jax.errors import ConfigError
+from ds4jax.errors import ConfigError, expect
 
 CSA_RATIO = 4
 """The compress ratio that brings overlapping windows and an indexer (paper: CSA)."""
@@ -153,10 +153,7 @@ class ModelConfig:
                 )
 
     def _expect(self, name: str, holds: bool, expected: str):
-        if not holds:
-            raise ConfigError(
-                f"{name}: expected {expected}, found {getattr(self, name)!r}"
-            )
+        expect(name, holds, expected, getattr(self, name))
 
     @classmethod
     def flash(cls, **changes) -> ModelConfig:

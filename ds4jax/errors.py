@@ -5,6 +5,8 @@ and, where it helps, how to mend it.  Commands print it and exit with status 2; 
 traceback therefore always means a defect of ds4jax itself.
 """
 
+from typing import Any
+
 
 class Ds4Error(Exception):
     """Base of every error that ds4jax raises on purpose."""
@@ -24,3 +26,9 @@ class TokenError(Ds4Error, ValueError):
 
 class CapacityError(Ds4Error, RuntimeError):
     """A request that does not fit: context, ring budget or memory."""
+
+
+def expect(name: str, holds: bool, expected: str, found: Any):
+    """Raise a ConfigError about the setting `name` unless it `holds`."""
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, found {found!r}")

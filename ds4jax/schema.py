@@ -11,6 +11,8 @@ import dataclasses
 import math
 from typing import Literal
 
+import numpy as np
+
 from ds4jax.config import ModelConfig
 
 Group = Literal["dense", "plain", "experts", "down", "vector", "table"]
@@ -100,6 +102,21 @@ def _head(config: ModelConfig, prefix: str, norm: str) -> dict[str, TensorSpec]:
         f"{prefix}scale.weight": TensorSpec((1,), "vector"),
         norm: TensorSpec((config.hidden,), "vector"),
     }
+
+
+def neutral(config: ModelConfig, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 values of a vector that leave a model as it is.
+
+    Norms and scales are 1; sinks and biases 0; the hyper-connections mix each stream
+    with itself.
+    """
+    values = np.zeros(shape, np.float32)
+    if "norm" in name or name.endswith("scale.weight"):
+        values[:] = 1
+    streams = config.hc_streams
+    if name.endswith("base.weight") and len(values) > streams:
+        values[2 * streams :] = 4 * np.eye(streams).reshape(-1)
+    return values
 
 
 def trunk(config: ModelConfig) -> dict[str, TensorSpec]:

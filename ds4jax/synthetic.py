@@ -101,7 +101,7 @@ def tensor(
       ConfigError: if rows are not whole blocks of `type`.
     """
     if spec.group == "vector":
-        return _vector(config, name, spec.shape)
+        return jnp.asarray(schema.neutral(config, name, spec.shape))
     # Threefry, whatever the default: other generators differ between devices.
     key = jax.random.key(seed, impl="threefry2x32")
     key = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -125,16 +125,6 @@ def stored(weight: QuantTensor | Array) -> np.ndarray:
     if isinstance(weight, QuantTensor):
         return quant.unpack(weight)
     return np.asarray(weight).view(np.uint8)
-
-
-def _vector(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Array:
-    values = np.zeros(shape, np.float32)
-    if "norm" in name or name.endswith("scale.weight"):
-        values[:] = 1
-    streams = config.hc_streams
-    if name.endswith("base.weight") and len(values) > streams:
-        values[2 * streams :] = 4 * np.eye(streams).reshape(-1)
-    return jnp.asarray(values)
 
 
 def _levels(format: str, rms: float) -> dict[str, np.ndarray]:

@@ -29,6 +29,14 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="session")
+def model():
+    """Return the micro model of most tests of decoding; some have one of their own."""
+    import models
+
+    return models.lively(models.micro_config())
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     chosen = config.option.markexpr
     for item in items:

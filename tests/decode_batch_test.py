@@ -33,11 +33,6 @@ same = np.testing.assert_array_equal
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.lively(models.micro_config())
-
-
-@pytest.fixture(scope="module")
 def starts(model):
     return [decoding.start(model, length, TOKENS) for length in LENGTHS]
 

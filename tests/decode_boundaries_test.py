@@ -24,11 +24,6 @@ same = np.testing.assert_array_equal
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.lively(models.micro_config())
-
-
-@pytest.fixture(scope="module")
 def start(model):
     return decoding.start(model, PROMPT)
 

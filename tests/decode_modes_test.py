@@ -33,11 +33,6 @@ def name(mode: Mode) -> str:
 
 
 @pytest.fixture(scope="module")
-def model():
-    return models.lively(models.micro_config())
-
-
-@pytest.fixture(scope="module")
 def starts(model):
     return [decoding.start(model, tokens, TOKENS) for tokens in PROMPTS]
 

@@ -2,18 +2,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 
 from ds4jax.decode import cycles, driver
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Mode
 from ds4jax.errors import ConfigError, TokenError
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.lively(models.micro_config())
 
 
 @pytest.fixture(scope="module")

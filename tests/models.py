@@ -153,3 +153,17 @@ def assert_same(actual, expected):
 def assert_same_state(actual: Cache, expected: Cache, config: ModelConfig):
     """Compare what later rows can see of two caches, bit for bit."""
     assert_same(poison(actual, config), poison(expected, config))
+
+
+def quiet(config: ModelConfig, share: float) -> Model:
+    """Return the lively model with logits of `share` their size.
+
+    Sampling then goes by its noise, which drafts share: many of them are right.
+    """
+    model = lively(config)
+    soft = lambda weights, name: weights | {name: weights[name] * share}  # noqa: E731
+    return dataclasses.replace(
+        model,
+        trunk=soft(model.trunk, "output_norm.weight"),
+        mtp=soft(model.mtp, "mtp.0.norm.weight"),
+    )

@@ -20,7 +20,6 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver, payload, transitions
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Mode
 from ds4jax.errors import CapacityError, ConfigError, FileError
-from ds4jax.model import deepseek
 
 CONFIG = models.micro_config()
 PROMPT = models.text(CONFIG, 39)[0].tolist()
@@ -33,23 +32,9 @@ CHAINED = Decoding(mode=Mode("chained", 2), temperature=1.0)
 CHAINED_PARITY = dataclasses.replace(CHAINED, policy="parity")
 
 
-def quiet() -> deepseek.Model:
-    """Return the lively model with small logits.
-
-    Sampling then goes by its noise, which drafts share: many of them are right.
-    """
-    model = models.lively(CONFIG)
-    soft = lambda weights, name: weights | {name: weights[name] * 0.6}  # noqa: E731
-    return dataclasses.replace(
-        model,
-        trunk=soft(model.trunk, "output_norm.weight"),
-        mtp=soft(model.mtp, "mtp.0.norm.weight"),
-    )
-
-
 @pytest.fixture(scope="module")
 def model():
-    return quiet()
+    return models.quiet(CONFIG, 0.6)
 
 
 @pytest.fixture(scope="module")

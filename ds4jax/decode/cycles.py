@@ -63,31 +63,24 @@ def cycles(
     its rows in their passes cost nothing.
     """
 
-    def loop(run, condition=lambda carry: True):
-        def body(state):
-            carry, done = state
-            return run(model, carry, eos, decoding), done + 1
-
+    def loop(body, condition=lambda carry: True):
         def goes_on(state):
             carry, done = state
             return jnp.any(carry.active) & (done < limit) & condition(carry)
 
         return lambda state: jax.lax.while_loop(goes_on, body, state)
 
+    def one(run):
+        return lambda state: (run(model, state[0], eos, decoding), state[1] + 1)
+
     state = (carry, jnp.int32(0))
     if decoding.gate is None or not decoding.depth:
-        return loop(cycle)(state)[0]
+        return loop(one(cycle))(state)[0]
     drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
     # Loops rather than branches of a cycle, which would copy the caches.
-    drafting = loop(cycle, drafts)
-    resting = loop(_resting, lambda carry: ~drafts(carry))
-
-    def goes_on(state):
-        carry, done = state
-        return jnp.any(carry.active) & (done < limit)
-
-    both = lambda state: resting(drafting(state))  # noqa: E731
-    return jax.lax.while_loop(goes_on, both, state)[0]
+    drafting = loop(one(cycle), drafts)
+    resting = loop(one(_resting), lambda carry: ~drafts(carry))
+    return loop(lambda state: resting(drafting(state)))(state)[0]
 
 
 def _resting(model, carry, eos, decoding) -> DecodeCarry:

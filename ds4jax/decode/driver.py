@@ -7,7 +7,8 @@ streaming is calling it with a small limit and reading the new tokens in between
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -54,7 +55,7 @@ def create(
       decoding: what it will be used with.
       seed: of the noise of sampling.
       head: keep the state of the model's head even if decoding is plain, to draft
-        later; it costs a pass of the head per token.
+        later; it costs a pass of the head every few tokens.
 
     Raises:
       ConfigError: if drafts are asked of a model without a head.
@@ -84,24 +85,27 @@ def start(
       TokenError: if the prompt is empty or an id is not in the vocabulary.
       ConfigError: if `max_tokens` is negative, or as `create`.
     """
-    check_prompt(model, prompt)
+    _check_prompt(model, prompt)
     carry = create(model, len(prompt) + max(max_tokens, 0), decoding, seed, head)
     carry = prefill(model, carry, prompt, decoding)
     return carries.with_budget(carry, max_tokens)
 
 
-def check_prompt(model: Model, prompt: Sequence[int]):
-    """Compare a prompt with the vocabulary.
-
-    Raises:
-      TokenError: if it is empty or an id is not in the vocabulary.
-    """
+def _check_prompt(model: Model, prompt: Sequence[int]):
     if not len(prompt):
         raise TokenError("prompt: expected at least one token, found none")
-    vocab = model.config.vocab
-    for token in prompt:
+    check_ids("prompt", prompt, model.config.vocab)
+
+
+def check_ids(name: str, tokens: Sequence[int], vocab: int):
+    """Compare ids with the vocabulary.
+
+    Raises:
+      TokenError: if one is outside it; `name` says whose.
+    """
+    for token in tokens:
         if not 0 <= token < vocab:
-            raise TokenError(f"prompt: expected ids in 0..{vocab - 1}, found {token}")
+            raise TokenError(f"{name}: expected ids in 0..{vocab - 1}, found {token}")
 
 
 def prefill(
@@ -190,7 +194,7 @@ def sync(
       TokenError: if the prompt is empty or an id is not in the vocabulary.
       CapacityError: if it leaves no room in the context for one more token.
     """
-    check_prompt(model, prompt)
+    _check_prompt(model, prompt)
     _check_room(carry, len(prompt) + 1)
     live = committed(carry)
     same = next(
@@ -227,14 +231,25 @@ def stream(
     decoding: Decoding = CONTINUOUS,
     eos: int = -1,
     every: int = 8,
+    keep: Callable[[DecodeCarry], object] = lambda carry: None,
 ) -> Iterator[tuple[DecodeCarry, list[int]]]:
     """Yield (carry, new tokens) of the first sequence every few cycles.
 
     The tokens are those of one `run`, bit for bit.
+
+    Args:
+      model: the model.
+      carry: given up.
+      decoding: of the cycles.
+      eos: token that ends a sequence, -1 for none.
+      every: most cycles between two yields.
+      keep: given each carry at once when it replaces the one before, which is gone;
+        for who wants to go on after an interrupt.
     """
     seen = int(carry.length[0])
     while bool(carry.active[0]):
         carry = run(model, carry, decoding, eos, every)
+        keep(carry)
         tokens = committed(carry)
         yield carry, tokens[seen:]
         seen = len(tokens)
@@ -245,3 +260,8 @@ def committed(carry: DecodeCarry, sequence: int = 0) -> list[int]:
     length = int(carry.length[sequence])
     # Sliced on the host: on the device each length would be compiled.
     return np.asarray(carry.tokens)[sequence, :length].tolist()
+
+
+def digest(tokens: Sequence[int]) -> str:
+    """Return the sha256 of tokens, as little-endian int32, to compare runs by."""
+    return hashlib.sha256(np.array(tokens, "<i4").tobytes()).hexdigest()

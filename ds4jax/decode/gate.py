@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from ds4jax.errors import ConfigError
+from ds4jax.errors import expect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +45,7 @@ class Gate:
             ("rest", self.rest >= 1, "at least 1"),
             ("longest", self.longest >= self.rest, f"at least rest={self.rest}"),
         ):
-            if not holds:
-                raise ConfigError(
-                    f"gate.{name}: expected {expected}, found {getattr(self, name)}"
-                )
+            expect(f"gate.{name}", holds, expected, getattr(self, name))
 
 
 @struct.dataclass

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from ds4jax.decode.carry import MAX_DEPTH
 from ds4jax.decode.gate import Gate
-from ds4jax.errors import ConfigError
+from ds4jax.errors import expect
 
 Kind = Literal["plain", "chained", "continuous"]
 Verifier = Literal["exact", "batched"]
@@ -24,12 +24,6 @@ MIN_TEMPERATURE = 1e-6
 
 MAX_MARGIN = 1000
 """The most that ds4's `--mtp-margin` takes, in logits."""
-
-
-def expect(name: str, holds: bool, expected: str, found: Any):
-    """Raise a ConfigError about the setting `name` unless it `holds`."""
-    if not holds:
-        raise ConfigError(f"{name}: expected {expected}, found {found!r}")
 
 
 def expect_margin(name: str, found: Any):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from ds4jax.decode import driver
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Kind
-from ds4jax.errors import CapacityError, ConfigError, TokenError
+from ds4jax.errors import CapacityError, ConfigError
 from ds4jax.model.cache import Cache
 from ds4jax.model.deepseek import Model
 
@@ -148,10 +148,7 @@ def argmax_gaps(
             "prompt_length: expected a prompt and something after it in"
             f" {len(tokens)} tokens, found {prompt_length}"
         )
-    vocab = model.config.vocab
-    for token in tokens:
-        if not 0 <= token < vocab:
-            raise TokenError(f"tokens: expected ids in 0..{vocab - 1}, found {token}")
+    driver.check_ids("tokens", tokens, model.config.vocab)
     max_context = max_context or len(tokens)
     if len(tokens) > max_context:
         raise CapacityError(

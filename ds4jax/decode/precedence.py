@@ -56,9 +56,9 @@ from ds4jax.decode.modes import (
     Mode,
     OutputClass,
     Verifier,
-    expect,
     expect_margin,
 )
+from ds4jax.errors import expect
 
 
 @dataclasses.dataclass(frozen=True)

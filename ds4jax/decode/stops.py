@@ -113,27 +113,20 @@ def stream(
     Args:
       model: the model.
       carry: one sequence; given up.
-      decoding: of the cycles.
-      eos: token that ends the sequence, -1 for none.
+      decoding, eos, every, keep: as of `driver.stream`.
       stops: a fresh one; None for none.
-      every: most cycles between two yields.
-      keep: given each carry at once when it replaces the one before, which is gone;
-        for who wants to go on after an interrupt.
     """
     if stops is None:
         stops = Stops()
     elif stops:
         every = min(every, most_cycles(decoding))
-    seen = int(carry.length[0])
-    while bool(carry.active[0]):
-        carry = driver.run(model, carry, decoding, eos, every)
-        keep(carry)
-        new = driver.committed(carry)[seen:]
+    for now, new in driver.stream(model, carry, decoding, eos, every, keep):
         count = stops.find(new)
-        if count is not None and count < len(new):
-            carry = driver.rewind(model, carry, seen + count, decoding)
-            keep(carry)
-        yield carry, new[:count]
-        if count is not None:
-            return
-        seen += len(new)
+        if count is None:
+            yield now, new
+            continue
+        if beyond := len(new) - count:
+            now = driver.rewind(model, now, int(now.length[0]) - beyond, decoding)
+            keep(now)
+        yield now, new[:count]
+        return

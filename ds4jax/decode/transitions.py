@@ -18,11 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ds4jax.decode.carry import (
-    ANCHOR_ROWS,
-    Anchor,
-    DecodeCarry,
-)
+from ds4jax.decode.carry import ANCHOR_ROWS, Anchor, DecodeCarry
 from ds4jax.decode.modes import Decoding, Verifier
 from ds4jax.model.cache import Cache, forget, scatter
 from ds4jax.model.deepseek import DeepSeek, Model

@@ -10,7 +10,6 @@ at a time, and both files appear when both are complete.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,18 +23,14 @@ from tqdm import tqdm
 from ds4jax import gguf, hf, imatrix, schema
 from ds4jax.config import PLANS, ModelConfig, QuantPlan, mtp_plan
 from ds4jax.errors import ConfigError, FileError
-from ds4jax.experiments import model_flags
-from ds4jax.files import check_place, replacing
+from ds4jax.experiments import model_flags, pair_flags
 from ds4jax.quant import dequantize
 from ds4jax.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(pair_flags)
 _HF = flags.DEFINE_string(
     "hf", None, "Directory of a checkpoint to convert, in place of --gguf and --mtp."
-)
-_OUT = flags.DEFINE_string("out", None, "Trunk file to write.", required=True)
-_MTP_OUT = flags.DEFINE_string(
-    "mtp_out", None, "File to write for the MTP block; without it none is written."
 )
 _PLAN = flags.DEFINE_enum(
     "plan",
@@ -111,40 +106,33 @@ def main(argv: Sequence[str]):
         there is no MTP block.
     """
     del argv
-    out = Path(_OUT.value)
+    out, mtp_out = pair_flags.out(), pair_flags.mtp_out()
     source = _read_source()
     plan = _PLAN.value
     jobs = [(out, source.trunk, schema.trunk(source.config), plan, source.metadata)]
-    if _MTP_OUT.value is not None:
-        mtp_out = Path(_MTP_OUT.value)
+    if mtp_out is not None:
         if not source.mtp:
             raise ConfigError(
                 f"--mtp_out={mtp_out}: {source.name} has no MTP block; leave the flag"
                 " out"
             )
-        if mtp_out.resolve() == out.resolve():
-            raise ConfigError(f"--mtp_out={mtp_out}: expected another file than --out")
         specs = schema.mtp(source.config)
         jobs.append((mtp_out, source.mtp, specs, mtp_plan(plan), {}))
     elif source.mtp:
         _note(f"the MTP block of {source.name} is left out; --mtp_out=FILE writes it")
     importance = _read_importance([specs for _, _, specs, _, _ in jobs])
     total = sum(len(weights) for _, weights, *_ in jobs)
-    for path, *_ in jobs:
-        check_place(path)
-    with contextlib.ExitStack() as stack:
-        # Each is moved into place as the stack unwinds, if all are written.
-        parts = [stack.enter_context(replacing(path)) for path, *_ in jobs]
-        with tqdm(total=total, unit="tensor", disable=None) as bar:
-            for part, (_, weights, specs, name, extra) in zip(parts, jobs, strict=True):
-                deferred: dict[str, Any] = {
-                    name: _Deferred(weights, name, specs[name].shape, bar)
-                    for name in weights
-                }
-                types = QuantPlan.named(name)
-                gguf.write_model(
-                    part, source.config, deferred, types, extra, importance
-                )
+    with (
+        pair_flags.writing([path for path, *_ in jobs]) as parts,
+        tqdm(total=total, unit="tensor", disable=None) as bar,
+    ):
+        for part, (_, weights, specs, plan, extra) in zip(parts, jobs, strict=True):
+            deferred: dict[str, Any] = {
+                name: _Deferred(weights, name, specs[name].shape, bar)
+                for name in weights
+            }
+            types = QuantPlan.named(plan)
+            gguf.write_model(part, source.config, deferred, types, extra, importance)
     for path, weights, *_ in jobs:
         print(f"{path}: {len(weights)} tensors, {path.stat().st_size:,} bytes")
 

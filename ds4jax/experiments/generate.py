@@ -14,7 +14,6 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -22,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 
 from ds4jax import gguf
@@ -254,7 +252,7 @@ def _decode(
         accepted_by_place=carry.statistics.acceptance()[: decoding.depth],
         prefill_tokens_per_second=len(prompt) / prefill,
         decode_tokens_per_second=len(tokens) / decode,
-        sha256=hashlib.sha256(np.array(tokens, "<i4").tobytes()).hexdigest(),
+        sha256=driver.digest(tokens),
         device=jax.devices()[0].device_kind,
     )
     _print_summary(summary)

@@ -10,7 +10,6 @@ complete.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +19,11 @@ from tqdm import tqdm
 
 from ds4jax import gguf, schema, synthetic
 from ds4jax.config import PLANS, ModelConfig, QuantPlan, mtp_plan
-from ds4jax.errors import ConfigError
-from ds4jax.files import check_place, replacing
+from ds4jax.experiments import pair_flags
 
 _SHAPES = {"flash": ModelConfig.flash, "tiny": ModelConfig.tiny}
 
+flags.adopt_module_key_flags(pair_flags)
 _SHAPE = flags.DEFINE_enum(
     "shape", "flash", list(_SHAPES), "DeepSeek-V4-Flash, or the model that ships."
 )
@@ -36,10 +35,6 @@ _PLAN = flags.DEFINE_enum(
 )
 _LAYERS = flags.DEFINE_integer(
     "layers", None, "Leading layers to keep; all by default.", lower_bound=1
-)
-_OUT = flags.DEFINE_string("out", None, "Trunk file to write.", required=True)
-_MTP_OUT = flags.DEFINE_string(
-    "mtp_out", None, "File to write for the MTP block; without it none is written."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.", lower_bound=0)
 
@@ -55,17 +50,10 @@ def main(argv: Sequence[str]):
     config = _SHAPES[_SHAPE.value]()
     if _LAYERS.value is not None:
         config = synthetic.shorten(config, _LAYERS.value)
-    jobs = [(Path(_OUT.value), _PLAN.value, False)]
-    if _MTP_OUT.value is not None:
-        path = Path(_MTP_OUT.value)
-        if path.resolve() == jobs[0][0].resolve():
-            raise ConfigError(f"--mtp_out={path}: expected another file than --out")
+    jobs = [(pair_flags.out(), _PLAN.value, False)]
+    if (path := pair_flags.mtp_out()) is not None:
         jobs.append((path, mtp_plan(_PLAN.value), True))
-    for path, *_ in jobs:
-        check_place(path)
-    with contextlib.ExitStack() as stack:
-        # Each is moved into place as the stack unwinds, if all are written.
-        parts = [stack.enter_context(replacing(path)) for path, *_ in jobs]
+    with pair_flags.writing([path for path, *_ in jobs]) as parts:
         for part, (path, plan, mtp) in zip(parts, jobs, strict=True):
             _write(part, path.name, config, QuantPlan.named(plan), mtp)
     for path, *_ in jobs:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from ds4jax.decode import driver
 from ds4jax.errors import FileError, TokenError
 
 TOKENS = flags.DEFINE_string("tokens", None, "Token ids: 1,2,3 or @FILE of them.")
@@ -40,9 +41,7 @@ def check_ids(ids: Sequence[int], vocab: int):
     Raises:
       TokenError: for an id outside it.
     """
-    for token in ids:
-        if not 0 <= token < vocab:
-            raise TokenError(f"--tokens: expected ids in 0..{vocab - 1}, found {token}")
+    driver.check_ids("--tokens", ids, vocab)
 
 
 def read_text(path: str) -> str:

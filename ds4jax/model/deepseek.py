@@ -99,8 +99,6 @@ def random_weights(
     1, hash tables spread tokens evenly over the experts.
     """
     rng = np.random.default_rng(seed)
-    mixes = np.zeros(2 * config.hc_streams + config.hc_streams**2, np.float32)
-    mixes[2 * config.hc_streams :] = 4 * np.eye(config.hc_streams).reshape(-1)
     quiet = 1 / np.sqrt(2 * config.layers)
 
     def draw(name: str, spec: schema.TensorSpec) -> np.ndarray:
@@ -108,13 +106,7 @@ def random_weights(
             order = [rng.permutation(config.experts) for _ in range(spec.shape[0])]
             return np.array(order, np.int32)[:, : config.experts_used]
         if spec.group == "vector":
-            if "norm" in name:
-                return np.ones(spec.shape, np.float32)
-            if name.endswith("scale.weight"):
-                return np.ones(spec.shape, np.float32)
-            if name.endswith("base.weight") and spec.shape == mixes.shape:
-                return mixes.copy()
-            return np.zeros(spec.shape, np.float32)
+            return schema.neutral(config, name, spec.shape)
         deviation = 1.0 if name == "token_embd.weight" else spec.shape[-1] ** -0.5
         if "_down_" in name or "attn_output_b" in name:
             deviation *= quiet
