@@ -28,6 +28,7 @@ from gguf import quants as gguf_quants
 from jaxtyping import Array, UInt8
 
 from ds4jax.errors import ConfigError
+from ds4jax.iq2_grid import IQ2_GRID
 
 Fields = tuple[np.ndarray, ...]
 """What a block is made of, in the order of its bytes."""
@@ -273,16 +274,6 @@ def _split_iq2_xxs(blocks: np.ndarray) -> dict[str, np.ndarray]:
 def _merge_iq2_xxs(grid: np.ndarray, signs: np.ndarray, d: np.ndarray) -> Fields:
     groups = np.stack([grid, signs], axis=-1)
     return d, groups.reshape(*grid.shape[:-1], -1)
-
-
-def _iq2_grid() -> np.ndarray:
-    gguf_quants.IQ2_XXS.init_grid()
-    assert gguf_quants.IQ2_XXS.grid is not None
-    return gguf_quants.IQ2_XXS.grid.reshape(256, 8)
-
-
-IQ2_GRID = _iq2_grid()
-"""The 256 rows of eight magnitudes (8, 25 or 43) that IQ2_XXS draws from, float32."""
 
 
 def _join_iq2_xxs(grid: Array, signs: Array, d: Array) -> Array:

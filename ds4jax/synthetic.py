@@ -27,12 +27,13 @@ from jaxtyping import Array
 from ds4jax import quant, schema
 from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.errors import ConfigError
+from ds4jax.iq2_grid import IQ2_GRID
 from ds4jax.quant import QuantTensor
 
 _CHUNK = 2**20
 """32-bit words drawn at once, which bounds the memory of the generator's own arrays."""
 
-_GRID_RMS = float(np.sqrt(np.mean(np.square(quant.IQ2_GRID))))
+_GRID_RMS = float(np.sqrt(np.mean(np.square(IQ2_GRID))))
 
 _SCALES = {
     "Q8_0": {"d": 1 / 73.9},

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("ds4jax",),
-    ("config", "errors", "files"),
+    ("config", "errors", "files", "iq2_grid"),
     ("schema", "quant", "quantize", "assets", "synthetic"),
     ("gguf", "hf", "tokenizer", "pallas", "imatrix"),
     ("model",),

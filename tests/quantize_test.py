@@ -24,7 +24,7 @@ def decode(name: str, raw: np.ndarray) -> np.ndarray:
 
 
 def recode(name: str, x: np.ndarray, importance: np.ndarray | None = None):
-    return decode(name, quantize(x, name, importance, threads=1))
+    return decode(name, quantize(x, name, importance, workers=1))
 
 
 def error(x: np.ndarray, found: np.ndarray, weight: np.ndarray | float = 1.0) -> float:
@@ -135,11 +135,11 @@ def test_importances_meet_their_own_columns(name):
 
 
 @EVERY_FORMAT
-def test_threads_and_splits_do_not_change_the_bytes(name):
+def test_workers_and_splits_do_not_change_the_bytes(name):
     """Seen red with a chunk's blocks normalised by one common magnitude."""
     x, importance = normal(200, 768), importances(768)
-    expected = quantize(x, name, importance, threads=1)
-    np.testing.assert_array_equal(quantize(x, name, importance, threads=4), expected)
+    expected = quantize(x, name, importance, workers=1)
+    np.testing.assert_array_equal(quantize(x, name, importance, workers=4), expected)
     np.testing.assert_array_equal(quantize(x, name, importance), expected)
     parts = [quantize(part, name, importance) for part in np.split(x, [1, 3, 90])]
     np.testing.assert_array_equal(np.concatenate(parts), expected)
@@ -269,7 +269,8 @@ NEGATIVE = np.where(np.arange(512) == 7, -ONES, ONES)
         (r"a float32 matrix, found .* shape \(512,\)", X[0], "Q2_K", None),
         ("a multiple of 256 weights, found 288", X[:, :288], "IQ2_XXS", None),
         ("a multiple of 32 weights, found 20", X[:, :20], "Q8_0", None),
-        (r"\(512,\), found float32 of shape \(3,\)", X, "Q2_K", ONES[:3]),
+        (r"\(512,\), .*found float32 of shape \(3,\)", X, "Q2_K", ONES[:3]),
+        (r"M matrices in 4 rows, .*\(3, 512\)", X, "Q2_K", np.stack([ONES] * 3)),
         ("importance: .* found float64", X, "Q2_K", ONES.astype(float)),
         ("importance: .* found -1.0 at column 7", X, "Q2_K", NEGATIVE),
         ("importance: .* found inf at column 0", X, "Q2_K", ONES * np.inf),
@@ -282,9 +283,28 @@ def test_mistakes_are_named_in_one_line(message, x, name, importance):
     assert "\n" not in str(caught.value)
 
 
-def test_threads_must_be_there():
-    with pytest.raises(ConfigError, match="threads: expected at least 1, found 0"):
-        quantize(X, "Q2_K", threads=0)
+def test_a_large_matrix_is_shared_among_processes():
+    """Five tasks, the last a short one, each of its own columns' importances.
+
+    Seen red with tasks whose blocks count from 0, and with results out of order.
+    """
+    x, told = normal(1100, 1024), []
+    importance = np.stack(
+        [importances(1024), importances(1024)[::-1], ONES[:1].repeat(1024)]
+    )
+    importance = np.concatenate([importance, importance[:1] * 2])
+    expected = [
+        quantize(part, "Q4_K", own)
+        for part, own in zip(np.split(x, 4), importance, strict=True)
+    ]
+    found = quantize(x, "Q4_K", importance, workers=2, progress=told.append)
+    np.testing.assert_array_equal(found, np.concatenate(expected))
+    assert len(told) == 5 and sum(told) == x.size
+
+
+def test_workers_must_be_there():
+    with pytest.raises(ConfigError, match="workers: expected at least 1, found 0"):
+        quantize(X, "Q2_K", workers=0)
 
 
 @EVERY_FORMAT

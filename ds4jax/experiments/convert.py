@@ -80,21 +80,14 @@ class _Deferred:
     """A tensor that is assembled when the writer encodes it, and then forgotten."""
 
     def __init__(
-        self,
-        weights: Mapping[str, np.ndarray],
-        name: str,
-        shape: tuple[int, ...],
-        bar: tqdm,
+        self, weights: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
     ):
         self.shape = shape
         self._weights = weights
         self._name = name
-        self._bar = bar
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        values = self._weights[self._name]
-        self._bar.update()
-        return values
+        return self._weights[self._name]
 
 
 def main(argv: Sequence[str]):
@@ -121,18 +114,19 @@ def main(argv: Sequence[str]):
     elif source.mtp:
         _note(f"the MTP block of {source.name} is left out; --mtp_out=FILE writes it")
     importance = _read_importance([specs for _, _, specs, _, _ in jobs])
-    total = sum(len(weights) for _, weights, *_ in jobs)
+    total = sum(spec.size for _, _, specs, _, _ in jobs for spec in specs.values())
     with (
         pair_flags.writing([path for path, *_ in jobs]) as parts,
-        tqdm(total=total, unit="tensor", disable=None) as bar,
+        tqdm(total=total, unit="weight", unit_scale=True, disable=None) as bar,
     ):
         for part, (_, weights, specs, plan, extra) in zip(parts, jobs, strict=True):
             deferred: dict[str, Any] = {
-                name: _Deferred(weights, name, specs[name].shape, bar)
-                for name in weights
+                name: _Deferred(weights, name, specs[name].shape) for name in weights
             }
             types = QuantPlan.named(plan)
-            gguf.write_model(part, source.config, deferred, types, extra, importance)
+            gguf.write_model(
+                part, source.config, deferred, types, extra, importance, bar.update
+            )
     for path, weights, *_ in jobs:
         print(f"{path}: {len(weights)} tensors, {path.stat().st_size:,} bytes")
 
@@ -171,7 +165,8 @@ def _read_importance(
     for name in sorted(known):
         *experts, _, width = specs[name].shape
         expected = (*experts, width)
-        if found[name].shape != expected:
+        # What is known of a single matrix has no axis for it.
+        if found[name].shape != expected and (1, *found[name].shape) != expected:
             raise ConfigError(
                 f"--imatrix={_IMATRIX.value}: {name}: expected {expected}, found"
                 f" {found[name].shape}; it is of another model"

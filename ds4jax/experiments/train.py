@@ -1,6 +1,8 @@
 """Train the tiny model: trunk and MTP head together, from a folder of text.
 
-    ds4jax train --corpus=DIR --out=runs/tiny --export=DIR
+    ds4jax train --corpus=DIR --out=runs/tiny --export=runs/tiny
+    ds4jax convert --gguf=runs/tiny/trunk.gguf --mtp=runs/tiny/mtp.gguf --plan=ds4-q2 \
+        --out=trunk.gguf --mtp_out=mtp.gguf
 
 The folder's text becomes a vocabulary and tokens, which are kept in --out beside the
 checkpoint, loss.csv, loss.png and, at the end, evaluation.json: bits per byte and draft
@@ -33,7 +35,7 @@ from ds4jax.train.report import Scope, evaluate
 _CORPUS = flags.DEFINE_string("corpus", None, "Folder of text.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder of the run.", required=True)
 _EXPORT = flags.DEFINE_string(
-    "export", None, "Folder to write trunk.gguf and mtp.gguf (q8_0) to, in the end."
+    "export", None, "Folder to write trunk.gguf and mtp.gguf (f32) to, in the end."
 )
 _VOCAB = flags.DEFINE_integer("vocab", 4096, "Tokens of the vocabulary.")
 _STEPS = flags.DEFINE_integer("steps", 10_000, "Steps of the whole run.")
@@ -118,7 +120,7 @@ def main(argv: Sequence[str]):
 
 
 def _export(folder: Path, model: Model, tokenizer: Tokenizer):
-    plan = QuantPlan.named("q8_0")
+    plan = QuantPlan.named("f32")
     for name, weights in (("trunk", model.trunk), ("mtp", model.mtp)):
         path = folder / f"{name}.gguf"
         extra = tokenizer.metadata() if name == "trunk" else {}

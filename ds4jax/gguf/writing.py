@@ -36,6 +36,7 @@ def write_model(
     plan: QuantPlan,
     extra_metadata: Mapping[str, Any] | None = None,
     importance: Mapping[str, np.ndarray] | None = None,
+    progress: quantize.Progress | None = None,
 ):
     """Write a trunk, or an MTP block if `weights` are those of one.
 
@@ -45,7 +46,7 @@ def write_model(
       weights: float arrays (integers for hash tables) by the names of `schema.py`.
       plan: ggml type of each group; vectors are F32, hash tables I32.
       extra_metadata: further keys, such as the tokenizer's.
-      importance: as of `write`.
+      importance, progress: as of `write`.
 
     Raises:
       ConfigError: if `weights` do not fit `config`, or as `write`.
@@ -63,6 +64,7 @@ def write_model(
         ({} if is_mtp else describe(config)) | dict(extra_metadata or {}),
         {name: (weights[name], plan.types[spec.group]) for name, spec in specs.items()},
         importance=importance,
+        progress=progress,
     )
 
 
@@ -74,6 +76,7 @@ def write(
     name: str | None = None,
     alignment: int = 32,
     importance: Mapping[str, np.ndarray] | None = None,
+    progress: quantize.Progress | None = None,
 ):
     """Write a GGUF v3 file beside `path` and move it there.
 
@@ -89,6 +92,7 @@ def write(
       alignment: bytes between the starts of tensors are a multiple of it.
       importance: by name, for `quantize.quantize`: float32 [K], or [E, K] for a stack
         of E matrices.  Without it all columns of a tensor count the same.
+      progress: told of values as they are encoded.
 
     Raises:
       ConfigError: for a type that cannot be encoded or does not fit the shape, values
@@ -106,6 +110,7 @@ def write(
             np.asarray(values),
             ggml_type,
             (importance or {}).get(tensor_name),
+            progress or (lambda _: None),
         )
 
     keys = ({} if name is None else {"general.name": name}) | dict(metadata)
@@ -132,7 +137,11 @@ def _check_type(what: str, shape: tuple[int, ...], ggml_type: str):
 
 
 def _encode(
-    what: str, values: np.ndarray, ggml_type: str, importance: np.ndarray | None
+    what: str,
+    values: np.ndarray,
+    ggml_type: str,
+    importance: np.ndarray | None,
+    progress: quantize.Progress,
 ) -> np.ndarray:
     """Return `values` as they lie in the file."""
     floating = jnp.issubdtype(values.dtype, jnp.floating)
@@ -140,6 +149,7 @@ def _encode(
         limits = np.iinfo(np.int32)
         if floating or values.min() < limits.min or values.max() > limits.max:
             raise ConfigError(f"{what}: expected integers of 32 bits for I32")
+        progress(values.size)
         return values.astype(np.int32)
     if not floating:
         raise ConfigError(f"{what}: expected floats, found {values.dtype}")
@@ -152,7 +162,7 @@ def _encode(
             # gguf-py wraps the exponent of a block below 2^-125, to 255 (NaN) at worst.
             values = np.where(np.abs(values) < 2.0**-125, np.float32(0), values)
         if ggml_type in quantize.FORMATS:
-            raw = _quantize(what, values, ggml_type, importance)
+            raw = _quantize(what, values, ggml_type, importance, progress)
             largest = max(values.max(), -values.min())
             overflows = largest > _LARGEST[ggml_type] * _LARGEST_SCALE
         else:
@@ -160,6 +170,7 @@ def _encode(
             plain = PLAIN_DTYPES.get(ggml_type)
             stored = quant.pack(ggml_type, raw) if plain is None else raw.view(plain)
             overflows = find_flaw(stored)
+            progress(values.size)
     if overflows:
         raise ConfigError(
             f"{what}: its largest magnitude, {np.abs(values).max():g}, overflows"
@@ -169,23 +180,25 @@ def _encode(
 
 
 def _quantize(
-    what: str, values: np.ndarray, ggml_type: str, importance: np.ndarray | None
+    what: str,
+    values: np.ndarray,
+    ggml_type: str,
+    importance: np.ndarray | None,
+    progress: quantize.Progress,
 ) -> np.ndarray:
-    """Encode the last axis in blocks; an importance of each matrix is its own."""
+    """Encode the last axis in blocks; each matrix of a stack has its importance."""
     width = values.shape[-1]
-    stack, columns = values.reshape(1, -1, width), [importance]
-    if importance is not None and importance.ndim == 2:
-        if importance.shape != (len(values), width) or values.ndim != 3:
-            raise ConfigError(
-                f"{what}: importance: expected it of each column of weights"
-                f" {values.shape}, found {importance.shape}"
-            )
-        stack, columns = values, list(importance)
+    if importance is not None and importance.shape not in (
+        (width,),
+        (*values.shape[:-2], width),
+    ):
+        raise ConfigError(
+            f"{what}: importance: expected it of each column of weights"
+            f" {values.shape}, found {importance.shape}"
+        )
+    rows = values.reshape(-1, values.shape[-1])
     try:
-        raw = [
-            quantize.quantize(matrix, ggml_type, weights)
-            for matrix, weights in zip(stack, columns, strict=True)
-        ]
+        raw = quantize.quantize(rows, ggml_type, importance, progress=progress)
     except ConfigError as error:
         raise ConfigError(f"{what}: {error}") from error
-    return np.concatenate(raw).reshape(*values.shape[:-1], -1)
+    return raw.reshape(*values.shape[:-1], -1)

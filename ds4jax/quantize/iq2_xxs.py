@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from ds4jax.quant import IQ2_GRID
+from ds4jax.iq2_grid import IQ2_GRID
 from ds4jax.quantize.scales import Codes, normalise, stored
 
 _CODES = Codes(15, offset=0.5, unit=0.25)

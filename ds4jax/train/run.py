@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
@@ -42,6 +44,9 @@ LOG_EVERY = 50
 _NOT_LEARNT = ("exp_probs_b.bias", "tid2eid.weight")
 _AHEAD = 4
 """Batches made before the device asks for them."""
+
+_BATCH = "batch"
+"""The axis of `mesh`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,16 +152,27 @@ def train_step(
     config: ModelConfig,
     settings: Settings,
 ) -> tuple[State, Losses]:
-    """Make one step; `state` is given up."""
+    """Make one step; `state` is given up.
 
-    def objective(weights):
-        return losses(
-            model(dataclasses.replace(state, weights=weights), config),
-            windows,
-            settings.mtp_weight,
-        )
+    Every device of `mesh` has a share of the windows, and all make the same step.
+    """
 
-    gradient, found = jax.grad(objective, has_aux=True)(state.weights)
+    def share(weights, fixed, windows):
+        def objective(weights):
+            whole = dataclasses.replace(state, weights=weights, fixed=fixed)
+            return losses(model(whole, config), windows, settings.mtp_weight)
+
+        found = jax.grad(objective, has_aux=True)(weights)
+        return jax.lax.pmean(found, _BATCH)
+
+    every, own = PartitionSpec(), PartitionSpec(_BATCH)
+    gradient, found = jax.shard_map(
+        share,
+        mesh=mesh(settings),
+        in_specs=(every, every, own),
+        out_specs=every,
+        check_vma=False,
+    )(state.weights, state.fixed, windows)
     updates, moments = optimizer(settings).update(
         gradient, state.optimizer, state.weights
     )
@@ -170,9 +186,17 @@ def train_step(
     return after, found
 
 
-def _windows(batches: Batches, start: int, stop: int) -> Iterator[Array]:
+def mesh(settings: Settings) -> jax.sharding.Mesh:
+    """Return as many devices as the batch can be shared evenly among."""
+    count = math.gcd(settings.batch, jax.device_count())
+    return jax.make_mesh((count,), (_BATCH,), devices=jax.devices()[:count])
+
+
+def _windows(
+    batches: Batches, start: int, stop: int, sharding: NamedSharding
+) -> Iterator[Array]:
     """Yield the batches of these steps, made and sent ahead of their use."""
-    make = lambda step: jax.device_put(batches.at(step))  # noqa: E731
+    make = lambda step: jax.device_put(batches.at(step), sharding)  # noqa: E731
     with ThreadPoolExecutor(1) as pool:
         queue = deque(
             pool.submit(make, s) for s in range(start, min(start + _AHEAD, stop))
@@ -241,6 +265,8 @@ def train(
 ) -> State:
     """Run to the last step, from the folder's checkpoint if it holds one.
 
+    The batch is shared among all devices there are.
+
     Args:
       folder: where the checkpoint and `loss.csv` are.
       config: the model's.
@@ -257,15 +283,18 @@ def train(
     path = folder / CHECKPOINT
     state = jax.eval_shape(lambda: first_state(config, settings))
     if path.exists():
-        state = jax.device_put(checkpoint.load(path, state, identity))
+        state = checkpoint.load(path, state, identity)
     else:
         state = first_state(config, settings)
     start, rate = int(state.step), schedule(settings)
+    devices = mesh(settings)
+    state = jax.device_put(state, NamedSharding(devices, PartitionSpec()))
+    shares = NamedSharding(devices, PartitionSpec(_BATCH))
     log = Log(folder / LOG, start)
     pending: list[Losses] = []
     step, since = start, time.monotonic()
     bar = tqdm(total=settings.steps, initial=start, unit="step", disable=None)
-    for windows in _windows(batches, start, settings.steps):
+    for windows in _windows(batches, start, settings.steps, shares):
         state, found = train_step(state, windows, config, settings)
         # One step at a time: a queued one would take its memory already.
         pending.append(jax.block_until_ready(found))
@@ -290,7 +319,7 @@ def train(
     bar.close()
     if step > start:
         checkpoint.save(path, state, identity)
-    return state
+    return jax.device_put(state, jax.devices()[0])
 
 
 def _plain(config: ModelConfig) -> dict[str, Any]:
