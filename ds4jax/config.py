@@ -175,7 +175,7 @@ class ModelConfig:
             q_lora=256, o_lora=64, o_groups=4, window=256,
             compress_ratios=(0, 0, 4, 128, 4, 128),
             index_heads=4, index_dim=128, index_topk=64,
-            experts=8, experts_used=2, expert_ffn=256, hash_layers=2,
+            experts=12, experts_used=2, expert_ffn=512, hash_layers=2,
         )  # fmt: skip
         return cls(**(tiny | changes))
 

@@ -60,7 +60,7 @@ def test_trunk_tells_what_a_pass_reads(trunk):
     assert one[2] == f"{footprint.bytes_read(sizes, TINY, 1):,.0f}"
     assert two[2] == f"{footprint.bytes_read(sizes, TINY, 2):,.0f}"
     assert (one[3], one[4]) == ("x1.000", "2")
-    assert two[4] == "3.5"
+    assert two[4] == "3.667"  # 2 + 2 (1 - 2 / 12)
 
 
 def test_tensors_are_listed_when_asked_for(trunk):

@@ -177,7 +177,7 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_sample(documents), trainer)
+    backend.train_from_iterator(sample(documents, TOKENIZER_SAMPLE), trainer)
     vocab = backend.get_vocab()
     if len(vocab) != vocab_size:
         raise ConfigError(
@@ -189,9 +189,9 @@ def train_tokenizer(documents: Sequence[Document], vocab_size: int) -> Tokenizer
     return Tokenizer(tokens, [" ".join(parts) for parts in merges])
 
 
-def _sample(documents: Sequence[Document]) -> Iterator[str]:
-    """Yield whole texts, evenly spread, of about `TOKENIZER_SAMPLE` characters."""
-    share = min(1.0, TOKENIZER_SAMPLE / sum(len(d.text) for d in documents))
+def sample(documents: Sequence[Document], characters: int) -> Iterator[str]:
+    """Yield whole texts, evenly spread, of about so many characters."""
+    share = min(1.0, characters / sum(len(d.text) for d in documents))
     passed = kept = 0
     for document in documents:
         if kept <= share * passed:
