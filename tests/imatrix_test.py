@@ -5,6 +5,7 @@ The text of 17 tokens ends in a pass of one row, in which the MTP head has none.
 
 import functools
 import re
+import shutil
 from types import SimpleNamespace
 
 import commands
@@ -289,10 +290,36 @@ def test_the_command_measures_every_matrix_of_a_pair(command):
         assert (mean > 0).any()
 
 
+def test_of_a_corpus_all_documents_to_train_on_have_a_part(command):
+    """Seen red with held-out documents read too."""
+    corpus = command.folder / "corpus"
+    for name, text in (
+        ("code", "aa " * 400), ("prose", "bb " * 400), ("heldout/code", "cc " * 400),
+    ):  # fmt: skip
+        (corpus / name).mkdir(parents=True)
+        (corpus / name / "a.txt").write_text(text)
+    words = ["--gguf=trunk.gguf", "--corpus=corpus", "--out=c.gguf", "--chunk=12"]
+    status, out, err = command.run(*words, "--max_tokens=40")
+    assert (status, err) == (0, "")
+    assert out.startswith("c.gguf: 40 tokens in 4 sequences;")
+    status, out, err = command.run(*words, "--max_tokens=9")
+    assert (status, err) == (0, "")
+    assert out.startswith("c.gguf: 9 tokens in 1 sequences;")
+    status, out, err = command.run(*words)
+    assert (status, err) == (0, "")
+    whole = re.match(r"c\.gguf: (\d+) tokens", out)
+    assert whole, out
+    shutil.rmtree(corpus / "prose")
+    status, out, err = command.run(*words)
+    half = re.match(r"c\.gguf: (\d+) tokens", out)
+    assert half and 2 * int(half[1]) == int(whole[1])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--text_file and --tokens: expected one of them, to read"),
+        ([], "--text_file, --corpus and --tokens: expected one of them, to read"),
+        (["--corpus=nowhere"], "nowhere: expected a folder of text files, found none"),
         (["--text_file=no.txt"], "no.txt: cannot be read as text"),
         (["--text_file=empty.txt"], "empty.txt: expected text, found none"),
         (["--text_file=a.txt", "--chunk=1"], "flag --chunk=1: 1 is not integer >= 2"),

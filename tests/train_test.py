@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -37,23 +39,30 @@ def text(seed, lines=40):
     return "".join(" ".join(rng.choice(words, 6)) + "\n" for _ in range(lines))
 
 
+DOCUMENTS = [
+    corpus.Document(text(i), "code" if i % 2 else "prose", held_out=i > 7)
+    for i in range(10)
+]
+
+
 @pytest.fixture(scope="module")
 def documents():
-    return [
-        corpus.Document(text(i), "code" if i % 2 else "prose", held_out=i > 7)
-        for i in range(10)
-    ]
+    return DOCUMENTS
 
 
 @pytest.fixture(scope="module")
-def tokenizer(documents):
-    return corpus.train_tokenizer(documents, VOCAB)
+def tokenizer():
+    return corpus.train_tokenizer(DOCUMENTS, VOCAB)
 
 
-@pytest.fixture(scope="module")
-def batches(documents, tokenizer):
-    tokens = {"all": corpus.tokenise(tokenizer, documents)}
+def make_batches(tokenizer):
+    tokens = {"all": corpus.tokenise(tokenizer, DOCUMENTS)}
     return data.Batches(tokenizer, tokens, 2, 32, 0.0, 0)
+
+
+@pytest.fixture(scope="module")
+def batches(tokenizer):
+    return make_batches(tokenizer)
 
 
 def train(folder, batches, settings=SETTINGS, deadline=float("inf"), every=EVER):
@@ -97,6 +106,36 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, batches, monkey
     steps = [r["step"] for r in run.read_log(tmp_path / "killed" / run.LOG)]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert not [*tmp_path.rglob("*.part*")]
+
+
+def test_two_devices_share_the_batch(tmp_path, batches):
+    """They make the step of one device, but for the order in which gradients add up.
+
+    Seen red with each device keeping the gradient of its own windows.
+    """
+    settings = dataclasses.replace(SETTINGS, steps=2)
+    alone = train(tmp_path / "alone", batches, settings)
+    script = f"""
+import pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import train_test as here
+tokenizer = here.corpus.train_tokenizer(here.DOCUMENTS, here.VOCAB)
+settings = here.dataclasses.replace(here.SETTINGS, steps=2)
+assert here.run.mesh(settings).size == 2
+here.train(pathlib.Path("shared"), here.make_batches(tokenizer), settings)
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True, text=True, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shared = checkpoint.load(tmp_path / "shared" / run.CHECKPOINT, alone, {})
+    first = run.first_state(CONFIG, settings)
+    flat = lambda s: np.concatenate([*map(np.ravel, jax.tree.leaves(s.weights))])  # noqa: E731
+    far = np.linalg.norm(flat(alone) - flat(first))
+    # AdamW takes signs: of gradients near 0, rounding turns some.
+    assert np.linalg.norm(flat(alone) - flat(shared)) < 0.05 * far
 
 
 def test_it_learns_from_about_ln_v(tmp_path, batches):

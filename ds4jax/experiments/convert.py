@@ -20,11 +20,10 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from ds4jax import gguf, hf, imatrix, schema
+from ds4jax import gguf, hf, imatrix, quant, schema
 from ds4jax.config import PLANS, ModelConfig, QuantPlan, mtp_plan
 from ds4jax.errors import ConfigError, FileError
 from ds4jax.experiments import model_flags, pair_flags
-from ds4jax.quant import dequantize
 from ds4jax.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
@@ -58,22 +57,29 @@ class _Source:
 
 
 class _Dequantised(Mapping[str, np.ndarray]):
-    """A GGUF file's weights in float32 (tables: int32), each made when asked for."""
+    """A GGUF file's tensors in float32 (tables: int32), each made when asked for."""
 
-    def __init__(self, weights: gguf.Weights):
-        self._weights = weights
+    def __init__(self, path: Path):
+        self._tensors = gguf.read(path).tensors
 
     def __getitem__(self, name: str) -> np.ndarray:
-        weight = self._weights[name]
-        if isinstance(weight, np.ndarray) and weight.dtype == np.int32:
-            return weight
-        return np.asarray(dequantize(weight))
+        found = self._tensors[name]
+        if found.type not in quant.FORMATS:
+            keep = found.type == "I32"
+            return found.data if keep else found.data.astype(np.float32)
+        # A stack of experts one by one: whole, its planes and what is computed on the
+        # way to the values would be in memory beside them.
+        stack = found.data.reshape(-1, *found.data.shape[-2:])
+        values = np.empty((len(stack), *found.shape[-2:]), np.float32)
+        for i, raw in enumerate(stack):
+            values[i] = quant.dequantize(quant.pack(found.type, raw))
+        return values.reshape(found.shape)
 
     def __iter__(self):
-        return iter(self._weights)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._tensors)
 
 
 class _Deferred:
@@ -141,11 +147,15 @@ def _read_source() -> _Source:
         config, trunk, mtp = hf.load(root)
         return _Source(_HF.value, config, trunk, mtp, _vocabulary(root, config))
     path, mtp_path = model_flags.trunk_path(), model_flags.mtp_path()
-    config, trunk = gguf.load_trunk(path)
-    mtp = {} if mtp_path is None else gguf.load_mtp(mtp_path, config)
+    check = lambda weight: None  # noqa: E731
+    config, _ = gguf.load_trunk(path, check)
+    mtp = {}
+    if mtp_path is not None:
+        gguf.load_mtp(mtp_path, config, check)
+        mtp = _Dequantised(mtp_path)
     keys = gguf.read(path).metadata
     kept = {k: v for k, v in keys.items() if k.startswith(("tokenizer.", "general."))}
-    return _Source(str(path), config, _Dequantised(trunk), _Dequantised(mtp), kept)
+    return _Source(str(path), config, _Dequantised(path), mtp, kept)
 
 
 def _read_importance(

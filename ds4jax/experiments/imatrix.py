@@ -106,11 +106,13 @@ def _read_corpus(folder: str, most: int | None) -> list[list[int]]:
         for ids in tokenizer.encode_batch(list(sample(documents, size)))
         for chunk in _cut(ids, tokenizer.bos)
     ]
-    found = sum(map(len, chunks))
-    if most is None or most >= found:
+    if most is None:
         return chunks
-    wanted = max(1, most * len(chunks) // found)
-    spread = [chunks[i] for i in np.linspace(0, len(chunks) - 1, wanted).astype(int)]
+    wanted = -(-most // _CHUNK.value)
+    whole = [chunk for chunk in chunks if len(chunk) == _CHUNK.value]
+    pool = whole if len(whole) >= wanted else chunks
+    at = np.linspace(0, len(pool) - 1, min(wanted, len(pool))).astype(int)
+    spread = [pool[i] for i in at]
     left = most - np.cumsum([0, *map(len, spread[:-1])])
     return [chunk[:n] for chunk, n in zip(spread, left, strict=True) if n > 0]
 
