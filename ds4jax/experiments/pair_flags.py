@@ -14,15 +14,20 @@ from absl import flags
 from ds4jax.errors import ConfigError
 from ds4jax.files import check_place, replacing
 
-_OUT = flags.DEFINE_string("out", None, "Trunk file to write.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Trunk file to write.")
 _MTP_OUT = flags.DEFINE_string(
     "mtp_out", None, "File to write for the MTP block; without it none is written."
 )
 
 
 def out() -> Path:
-    """Return where the trunk goes."""
+    """Return where the trunk goes; the command sees to it that --out is given."""
     return Path(_OUT.value)
+
+
+def given() -> list[str]:
+    """Return the names of those of the flags that are on the command line."""
+    return [flag.name for flag in (_OUT, _MTP_OUT) if flag.present]
 
 
 def mtp_out() -> Path | None:
