@@ -124,7 +124,7 @@ def main(argv: Sequence[str]):
             bar.update()
             if _CSV.value:
                 _write(Path(_CSV.value), rows)
-    if draw:
+    if draw and _FIGURE.value:
         with replacing(Path(_FIGURE.value)) as part:
             draw(rows, part)
 
@@ -134,7 +134,7 @@ def _drawing() -> Callable[[Sequence[Mapping[str, str]], Path], None]:
     try:
         from ds4jax.experiments.sweep_figure import draw
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if not (error.name or "").startswith("matplotlib"):
             raise
         raise ConfigError(
             "--figure: needs matplotlib: pip install 'ds4jax[plot]'"

@@ -21,7 +21,13 @@ _MTP_OUT = flags.DEFINE_string(
 
 
 def out() -> Path:
-    """Return where the trunk goes; the command sees to it that --out is given."""
+    """Return where the trunk goes.
+
+    Raises:
+      ConfigError: if that is not said.
+    """
+    if _OUT.value is None:
+        raise ConfigError("missing --out=STRING")
     return Path(_OUT.value)
 
 
@@ -34,7 +40,7 @@ def mtp_out() -> Path | None:
     """Return where the MTP block goes, None for nowhere.
 
     Raises:
-      ConfigError: if that is the trunk's place.
+      ConfigError: if that is the trunk's place, or as `out`.
     """
     if _MTP_OUT.value is None:
         return None

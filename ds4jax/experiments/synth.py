@@ -55,8 +55,6 @@ def main(argv: Sequence[str]):
         )
     if _HEAD.value and not _DEVICE.value:
         raise ConfigError("--head: expected --device with it; --mtp_out names a file")
-    if not _DEVICE.value and "out" not in files:
-        raise ConfigError("missing --out=STRING, or --device to make no file")
     config = synth_flags.config(_SHAPE.value)
     plans = synth_flags.plan(), mtp_plan(synth_flags.plan())
     if _DEVICE.value:
@@ -83,7 +81,7 @@ def _make(config: ModelConfig, plans: Sequence[str]):
             held.append(weights)
             print(
                 f"{'MTP block' if mtp else 'trunk'}, {name}: {made} on"
-                f" {device.device_kind}; {synth_device.peak(device)}",
+                f" {device.device_kind}; {synth_device.peak(device.memory_stats())}",
                 flush=True,
             )
 

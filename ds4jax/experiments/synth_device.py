@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 
 import jax
 
@@ -36,7 +37,7 @@ class Made:
 
 def make(
     config: ModelConfig, plan: QuantPlan, seed: int, *, mtp: bool
-) -> tuple[dict[str, Weight], Made]:
+) -> tuple[Mapping[str, Weight], Made]:
     """Return `synthetic.weights`, once they are there, and the measurement.
 
     Raises:
@@ -50,9 +51,12 @@ def make(
     return weights, Made(len(weights), nbytes, seconds)
 
 
-def peak(device: jax.Device) -> str:
-    """Say how much memory of a device was in use at most, if its backend tells."""
-    stats = device.memory_stats() or {}
-    if "peak_bytes_in_use" not in stats:
+def peak(stats: Mapping[str, int] | None) -> str:
+    """Put in words how much memory was in use at most.
+
+    Args:
+      stats: a device's `memory_stats()`, which not every backend has.
+    """
+    if not stats or "peak_bytes_in_use" not in stats:
         return "peak memory not told by this backend"
     return f"peak memory {stats['peak_bytes_in_use']:,} bytes"
