@@ -3,7 +3,8 @@
 One text is read once, up to one frontier after another.  At each of them the state is
 copied, tokens are decoded from the original, and the copy goes on: so a row's reading
 speed is that of its interval alone, and its tokens are those of a run that read the
-text up to there.  Copying and compiling are in neither time.
+text up to there: bit for bit if intervals are whole prefill chunks, for a prefill pass
+is outside the row contract.  Copying and compiling are in neither time.
 """
 
 from __future__ import annotations
