@@ -123,7 +123,7 @@ def test_nothing_is_compiled_while_the_clock_runs(model, monkeypatch):
         running[0] = not running[0]
         return time.monotonic()
 
-    def listen(event: str, duration: float, **_: str | int):
+    def listen(event: str, duration_secs: float, **_: str | int):
         if event.startswith("/jax/core/compile"):
             compiled.append(running[0])
 
