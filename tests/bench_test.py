@@ -57,7 +57,6 @@ def test_frontiers_are_ds4_benchs_and_end_at_the_last(asked, expected):
 
 
 def test_a_sweep_decodes_what_a_fresh_run_decodes(model):
-    """Seen red with a sweep that goes on from what it decoded."""
     text = prompt(model)
     points = list(sweep(model, text, STOPS, TOKENS, CONTINUOUS, CONTEXT))
     assert [point.context for point in points] == STOPS
@@ -78,10 +77,7 @@ def test_a_sweep_decodes_what_a_fresh_run_decodes(model):
 
 
 def test_decoding_leaves_no_bit_behind(model, monkeypatch):
-    """What a sweep reads on from is what it had read, in every leaf.
-
-    Seen red with a sweep that goes on from what it decoded.
-    """
+    """What a sweep reads on from is what it had read, in every leaf."""
 
     def on_host(carry):
         carry = dataclasses.replace(carry, rng=jax.random.key_data(carry.rng))
@@ -115,7 +111,6 @@ def test_a_copy_outlives_the_carry(model):
 
 
 def test_nothing_is_compiled_while_the_clock_runs(model, monkeypatch):
-    """Seen red without the warm-up."""
     jax.clear_caches()
     running, compiled = [False], []
 

@@ -154,7 +154,6 @@ def test_nbytes_is_what_is_allocated(config, context):
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 7, 15, 16, 17, 40, 95])
 @pytest.mark.parametrize("head", [False, True])
 def test_live_bytes_are_those_that_poison_spares(length, head):
-    """Seen red with a ring's row too many, and with one half of a CSA window."""
     config = models.micro_config()
     empty = fresh(config, mtp=head)
     cache = dataclasses.replace(empty, length=jnp.array([length], jnp.int32))
