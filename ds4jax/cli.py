@@ -29,12 +29,13 @@ from ds4jax.errors import Ds4Error
 COMMANDS = {
     "generate": "continue a prompt, speculatively or plainly",
     "score": "write the logits and streams that a model gives a text",
+    "bench": "measure reading and decoding speed against the context",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
     "imatrix": "measure which columns of the matrices matter, for convert",
     "convert": "write GGUF files from a Hugging Face checkpoint",
-    "synth": "write GGUF files of random weights, to measure speed and memory with",
+    "synth": "make random weights, in GGUF files or on the device, to measure with",
 }
 """The commands, each with its line of `ds4jax --help`."""
 

@@ -4,6 +4,7 @@ The rings are compared with plain lists; whole models, bit for bit, with decodin
 never went astray.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -148,6 +149,17 @@ def test_nbytes_is_what_is_allocated(config, context):
         cache = caches.empty(config, context, ratios=ratios, tagged=head)
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         assert cache.nbytes == caches.nbytes(config, context, head) == held
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 7, 15, 16, 17, 40, 95])
+@pytest.mark.parametrize("head", [False, True])
+def test_live_bytes_are_those_that_poison_spares(length, head):
+    config = models.micro_config()
+    empty = fresh(config, mtp=head)
+    cache = dataclasses.replace(empty, length=jnp.array([length], jnp.int32))
+    rows = poison(cache, config).layers
+    spared = sum(int(np.isfinite(leaf).sum()) for leaf in jax.tree.leaves(rows))
+    assert caches.live_nbytes(config, length, head) == 4 * spared
 
 
 def test_an_empty_cache_has_the_documented_shapes():

@@ -3,6 +3,9 @@
 import ctypes
 import functools
 import gc
+import math
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from ds4jax import gguf, quant, schema, synthetic
 from ds4jax.config import PLANS, ModelConfig, mtp_plan
 from ds4jax.errors import ConfigError
+from ds4jax.experiments import synth_device
 from ds4jax.gguf.loading import find_flaw
 from ds4jax.model import deepseek
 
@@ -147,6 +151,60 @@ def test_a_file_holds_the_bits_that_are_made_on_the_device(synth, tmp_path, plan
     mtp = synthetic.weights(config, PLANS[mtp_plan(plan)], 5, mtp=True)
     models.assert_same(gguf.load_mtp(mtp_out, config), mtp)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "t.gguf"]
+
+
+def test_weights_on_the_device_need_no_file(command, tmp_path):
+    words = "--shape=tiny", "--layers=1", "--plan=f32", "--device"
+    status, out, err = command.run(tmp_path, *words, "--head")
+    assert status == 0, err
+    config = synthetic.shorten(ModelConfig.tiny(), 1)
+    for line, mtp in zip(out.splitlines(), (False, True), strict=True):
+        specs = schema.mtp(config) if mtp else schema.trunk(config)
+        size = 4 * sum(math.prod(spec.shape) for spec in specs.values())
+        said = f"{'MTP block' if mtp else 'trunk'}, f32: {len(specs)} tensors, {size:,}"
+        assert line.startswith(said + " bytes in ") and " GB/s) on cpu" in line
+    assert list(tmp_path.iterdir()) == []
+    for more, said in (
+        (["--out=t.gguf"], "--out: expected no file with --device"),
+        (["--mtp_out=t.gguf"], "--mtp_out: expected no file with --device"),
+        (["--nodevice", "--head"], "--head: expected --device with it"),
+        (["--nodevice"], "missing --out=STRING"),
+    ):
+        status, out, err = command.run(tmp_path, *words, *more)
+        assert (status, out, err.count("\n")) == (2, "", 1) and said in err
+
+
+def test_a_device_that_is_full_is_told_in_one_line():
+    program = (
+        "from ds4jax import cli, synthetic\n"
+        "def full(*_, **__): raise MemoryError('no room')\n"
+        "synthetic.weights = full\n"
+        "raise SystemExit(cli.main(['synth', '--device']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("ds4jax synth: out of memory; expected a smaller")
+    assert done.stderr.count("\n") == 1
+
+
+def test_peak_memory_is_told_where_it_is_known():
+    unknown = "peak memory not told by this backend"
+    assert synth_device.peak(None) == synth_device.peak({}) == unknown
+    assert synth_device.peak({"peak_bytes_in_use": 12345}) == "peak memory 12,345 bytes"
+
+
+def test_a_synthetic_model_stays_packed():
+    model = deepseek.synthetic_model(CONFIG, "ds4-q2", 3, mtp=True)
+    models.assert_same(model.trunk, synthetic.weights(CONFIG, PLANS["ds4-q2"], 3))
+    head = synthetic.weights(CONFIG, PLANS["mtp-q4"], 3, mtp=True)
+    models.assert_same(model.mtp, head)
+    packed = [w for w in model.trunk.values() if isinstance(w, quant.QuantTensor)]
+    assert len(packed) > 10
+    assert not deepseek.synthetic_model(CONFIG, "f16").mtp
+    with pytest.raises(ConfigError, match="plan: expected one of"):
+        deepseek.synthetic_model(CONFIG, "q3")
 
 
 def test_activations_keep_their_size_through_all_layers():

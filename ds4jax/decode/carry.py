@@ -187,6 +187,15 @@ def select(carry: DecodeCarry, sequence: int) -> DecodeCarry:
     return jax.tree.map(lambda x: x[sequence : sequence + 1], carry)
 
 
+def copy(carry: DecodeCarry) -> DecodeCarry:
+    """Return an equal carry in buffers of its own: a snapshot.
+
+    What jit donates is gone; a copy made before outlives it, and to go on from the copy
+    repeats every bit.
+    """
+    return jax.tree.map(jnp.copy, carry)
+
+
 def with_budget(carry: DecodeCarry, tokens: int) -> DecodeCarry:
     """Return `carry` with leave to commit `tokens` more, counters and gate anew.
 

@@ -28,6 +28,7 @@ from ds4jax.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(pair_flags)
+flags.mark_flag_as_required("out")
 _HF = flags.DEFINE_string(
     "hf", None, "Directory of a checkpoint to convert, in place of --gguf and --mtp."
 )

@@ -23,7 +23,6 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ds4jax import gguf
 from ds4jax.decode import driver, stops
 from ds4jax.decode.modes import GREEDY
 from ds4jax.decode.precedence import Logs
@@ -124,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         print(note, file=sys.stderr)
     with model_flags.within_memory():
         model = model_flags.load()
-        tokenizer = _load_tokenizer()
+        tokenizer = model_flags.load_tokenizer()
         prompt = _encode(given, tokenizer, model.config.vocab)
         runs = [_decode(model, tokenizer, prompt, choice) for choice in choices]
     tokens, summary = runs[0]
@@ -161,18 +160,6 @@ def _read_prompt() -> str | list[int]:
     if _PROMPT_FILE.value is not None:
         return token_flags.read_text(_PROMPT_FILE.value)
     return DEFAULT_PROMPT if _PROMPT.value is None else _PROMPT.value
-
-
-def _load_tokenizer() -> Tokenizer | None:
-    """Return the vocabulary of the trunk's file, or None if it has none."""
-    path = model_flags.trunk_path()
-    metadata = gguf.read(path).metadata
-    if "tokenizer.ggml.tokens" not in metadata:
-        return None
-    try:
-        return Tokenizer.from_metadata(metadata)
-    except ConfigError as error:
-        raise FileError(f"{path}: {error}") from error
 
 
 def _encode(

@@ -14,9 +14,10 @@ import jax
 from absl import flags
 
 from ds4jax import assets, gguf
-from ds4jax.errors import CapacityError
+from ds4jax.errors import CapacityError, ConfigError, FileError
 from ds4jax.model import deepseek
 from ds4jax.model.deepseek import Model
+from ds4jax.tokenizer import Tokenizer
 
 _GGUF = flags.DEFINE_string("gguf", None, "Trunk file; the shipped one by default.")
 _MTP = flags.DEFINE_string(
@@ -64,6 +65,22 @@ def load(**changes) -> Model:
     mtp = mtp_path()
     head = gguf.load_mtp(mtp, config, deepseek.place) if mtp else None
     return deepseek.build(config, trunk, head)
+
+
+def load_tokenizer() -> Tokenizer | None:
+    """Return the vocabulary of the trunk's file, or None if it has none.
+
+    Raises:
+      FileError: if the file cannot be read, or its vocabulary is not one of ds4's.
+    """
+    path = trunk_path()
+    metadata = gguf.read(path).metadata
+    if "tokenizer.ggml.tokens" not in metadata:
+        return None
+    try:
+        return Tokenizer.from_metadata(metadata)
+    except ConfigError as error:
+        raise FileError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager

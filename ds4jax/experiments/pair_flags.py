@@ -14,22 +14,33 @@ from absl import flags
 from ds4jax.errors import ConfigError
 from ds4jax.files import check_place, replacing
 
-_OUT = flags.DEFINE_string("out", None, "Trunk file to write.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Trunk file to write.")
 _MTP_OUT = flags.DEFINE_string(
     "mtp_out", None, "File to write for the MTP block; without it none is written."
 )
 
 
 def out() -> Path:
-    """Return where the trunk goes."""
+    """Return where the trunk goes.
+
+    Raises:
+      ConfigError: if that is not said.
+    """
+    if _OUT.value is None:
+        raise ConfigError("missing --out=STRING")
     return Path(_OUT.value)
+
+
+def given() -> list[str]:
+    """Return the names of those of the flags that are on the command line."""
+    return [flag.name for flag in (_OUT, _MTP_OUT) if flag.present]
 
 
 def mtp_out() -> Path | None:
     """Return where the MTP block goes, None for nowhere.
 
     Raises:
-      ConfigError: if that is the trunk's place.
+      ConfigError: if that is the trunk's place, or as `out`.
     """
     if _MTP_OUT.value is None:
         return None

@@ -310,3 +310,23 @@ def nbytes(config: ModelConfig, max_context: int, mtp: bool = False) -> int:
     ratios = (0,) if mtp else None
     make = lambda: empty(config, max_context, ratios=ratios, tagged=mtp)  # noqa: E731
     return jax.eval_shape(make).nbytes
+
+
+def live_nbytes(config: ModelConfig, length: int, mtp: bool = False) -> int:
+    """Return the bytes of the rows that tokens after the first `length` can still see.
+
+    Of one sequence, and of any cache that holds it: what is allocated beyond them, and
+    what rings keep for rollbacks, is not counted.
+    """
+
+    def floats(ratio: int) -> int:
+        raw = min(length, config.window - 1) * config.head_dim
+        if not ratio:
+            return raw
+        halves, finished = 1 + (ratio == CSA_RATIO), length // ratio
+        waiting = length - max(finished - halves + 1, 0) * ratio
+        width = config.head_dim + (config.index_dim if ratio == CSA_RATIO else 0)
+        return raw + width * (finished + waiting * 2 * halves)
+
+    ratios = (0,) if mtp else config.compress_ratios
+    return sum(map(floats, ratios)) * np.dtype(np.float32).itemsize

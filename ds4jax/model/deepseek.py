@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx, struct
 from jaxtyping import Array
 
-from ds4jax import schema
-from ds4jax.config import ModelConfig
+from ds4jax import schema, synthetic
+from ds4jax.config import ModelConfig, QuantPlan, mtp_plan
 from ds4jax.model.layers import Weights
 from ds4jax.model.mtp import MTPHead
 from ds4jax.model.trunk import Trunk
@@ -122,3 +122,26 @@ def random_model(config: ModelConfig, seed: int = 0, mtp: bool = True) -> Model:
     trunk = random_weights(schema.trunk(config), config, seed)
     head = random_weights(schema.mtp(config), config, seed + 1) if mtp else None
     return build(config, trunk, head)
+
+
+def synthetic_model(
+    config: ModelConfig, plan: str, seed: int = 0, *, mtp: bool = False
+) -> Model:
+    """Return a model of `synthetic.weights`, made packed on the default device.
+
+    It has a real model's bytes and none of its knowledge: for measuring speed and
+    memory where there is no file.
+
+    Args:
+      config: the architecture; see `synthetic.shorten`.
+      plan: name of the trunk's layout, one of PLANS; the head's follows from it.
+      seed: of the weights.
+      mtp: whether it has a head.
+
+    Raises:
+      ConfigError: for an unknown plan, or as `synthetic.tensor`.
+    """
+    trunk = synthetic.weights(config, QuantPlan.named(plan), seed)
+    own = QuantPlan.named(mtp_plan(plan))
+    head = synthetic.weights(config, own, seed, mtp=True) if mtp else None
+    return build(config, trunk, head, packed=True)

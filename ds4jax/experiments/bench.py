@@ -1,0 +1,291 @@
+"""Measure the speed of reading and of decoding against the context, as ds4-bench does.
+
+A text is read up to one context after another; at each of them the interval since the
+last is timed, --gen_tokens tokens are decoded from there and timed, and what they
+changed is undone.  No token ends decoding (ds4-bench never decodes the one that would).
+Compilation is not timed.  Each context is a row: printed as it is measured, and with
+--csv written at once, so that a sweep which is stopped leaves whole rows.  The columns
+from ctx_tokens to kvcache_bytes (of live rows) are ds4-bench's.  The last pass over an
+interval is filled up, so whole --prefill_chunk are read fastest; and a pass looks at
+all that --ctx_alloc has room for.
+
+The text is a manual that ships, repeated as needed, or --prompt_file, which must be
+long enough.  For a model without a vocabulary ids are drawn at random, always the same.
+--synth makes a model of random weights on the device, kept packed as in its file; its
+head's drafts are never right, so only its plain decoding has a meaningful speed.
+
+Example:
+    ds4jax bench --ctx_start=256 --ctx_max=2048 --step_incr=256 --csv=sweep.csv
+    ds4jax bench --synth=flash --plan=ds4-q2 --layers=4 --mode=plain --figure=sweep.png
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from ds4jax import assets, gguf
+from ds4jax.config import ModelConfig
+from ds4jax.decode import driver
+from ds4jax.decode.carry import MAX_DEPTH
+from ds4jax.decode.modes import Decoding
+from ds4jax.decode.precedence import Logs
+from ds4jax.errors import ConfigError, FileError, TokenError
+from ds4jax.experiments import (
+    decoding_flags,
+    environment,
+    model_flags,
+    synth_flags,
+    token_flags,
+)
+from ds4jax.experiments.context_sweep import Point, frontiers, sweep
+from ds4jax.experiments.decoding_flags import Choice
+from ds4jax.files import check_place, replacing
+from ds4jax.model import deepseek
+
+flags.adopt_module_key_flags(model_flags)
+flags.adopt_module_key_flags(synth_flags)
+flags.adopt_module_key_flags(decoding_flags)
+_SYNTH = flags.DEFINE_enum(
+    "synth", None, list(synth_flags.SHAPES),
+    "Random weights of this shape, cut and stored as --layers and --plan say.",
+)  # fmt: skip
+_CTX_START = flags.DEFINE_integer("ctx_start", 2048, "First context.", lower_bound=1)
+_CTX_MAX = flags.DEFINE_integer("ctx_max", 32768, "Last context.", lower_bound=1)
+_CTX_ALLOC = flags.DEFINE_integer(
+    "ctx_alloc", None, "Tokens to have room for: ctx_max + gen_tokens + 1 by default."
+)
+_STEP_INCR = flags.DEFINE_integer(
+    "step_incr", 2048, "From one context to the next, if --step_mul is 1.",
+    lower_bound=1,
+)  # fmt: skip
+_STEP_MUL = flags.DEFINE_float(
+    "step_mul", 1.0, "Factor from one context to the next.", lower_bound=1
+)
+_GEN_TOKENS = flags.DEFINE_integer(
+    "gen_tokens", 128, "Tokens to decode at each context.", lower_bound=1
+)
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Text to read.")
+_CSV = flags.DEFINE_string("csv", None, "CSV file to write.")
+_FIGURE = flags.DEFINE_string("figure", None, "PNG file to draw both speeds into.")
+
+_PRINTED = {
+    "ctx_tokens": 10, "prefill_tokens": 14, "prefill_tps": 11, "gen_tokens": 10,
+    "gen_tps": 9, "kvcache_bytes": 13, "acceptance": 10, "shared_reads_per_token": 22,
+}  # fmt: skip
+"""The columns of the table that is shown, with their widths."""
+
+
+def main(argv: Sequence[str]):
+    """Measure what the flags ask for.
+
+    Raises:
+      FileError, ConfigError, TokenError: for a flag or file that cannot be used.
+      CapacityError: if the model or the text does not fit in memory.
+    """
+    del argv
+    for path in filter(None, (_CSV.value, _FIGURE.value)):
+        check_place(Path(path))
+    draw = _drawing() if _FIGURE.value else None
+    choice = _choose()
+    config = _config()
+    alloc = _check_contexts(config)
+    prompt = _read_prompt(config.vocab)
+    stops = frontiers(
+        _CTX_START.value, _CTX_MAX.value, _STEP_INCR.value, _STEP_MUL.value
+    )
+    for note in choice.notes:
+        print(note, file=sys.stderr)
+    what, where = _describe(config, choice), environment.describe()
+    print(f"[{_way(choice)}] {what['model']} on {where['device']}")
+    print(_line({name: name for name in _PRINTED}), flush=True)
+    rows: list[dict[str, str]] = []
+    with (
+        model_flags.within_memory(),
+        tqdm(total=len(stops), unit="context", disable=None) as bar,
+    ):
+        model = _load(config, choice)
+        points = sweep(
+            model, prompt, stops, _GEN_TOKENS.value, choice.decoding, alloc,
+            decoding_flags.seed(),
+        )  # fmt: skip
+        for point in points:
+            rows.append(_measured(point) | what | _counted(point) | where)
+            bar.clear()
+            print(_line(rows[-1]), flush=True)
+            bar.update()
+            if _CSV.value:
+                _write(Path(_CSV.value), rows)
+    if draw and _FIGURE.value:
+        with replacing(Path(_FIGURE.value)) as part:
+            draw(rows, part)
+
+
+def _drawing() -> Callable[[Sequence[Mapping[str, str]], Path], None]:
+    """Return what draws the figure."""
+    try:
+        from ds4jax.experiments.sweep_figure import draw
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("matplotlib"):
+            raise
+        raise ConfigError(
+            "--figure: needs matplotlib: pip install 'ds4jax[plot]'"
+        ) from None
+    return draw
+
+
+def _choose() -> Choice:
+    has_head = _SYNTH.value is not None or model_flags.mtp_path() is not None
+    choice = decoding_flags.choose(mtp=has_head)
+    if choice.logs != Logs():
+        raise ConfigError(
+            "--mtp_draft: expected no log of cycles, which takes time; unset"
+            " DS4_MTP_..._LOG, DS4_MTP_TIMING and DS4_MTP_PROBE"
+        )
+    return choice
+
+
+def _config() -> ModelConfig:
+    """Return the architecture, before any weight is read or made."""
+    if _SYNTH.value is None:
+        if layout := synth_flags.given():
+            raise ConfigError(f"--{layout[0]}: expected --synth with it")
+        return gguf.config(gguf.read(model_flags.trunk_path()))
+    if model_flags.are_given():
+        raise ConfigError("--synth: expected no file with it; leave out --gguf, --mtp")
+    if _PROMPT_FILE.value is not None:
+        raise ConfigError(
+            "--prompt_file: expected a model with a vocabulary, found --synth"
+        )
+    return synth_flags.config(_SYNTH.value)
+
+
+def _check_contexts(config: ModelConfig) -> int:
+    """Return the room that the sweep's state is to have, in tokens."""
+    start, most, alloc = _CTX_START.value, _CTX_MAX.value, _CTX_ALLOC.value
+    if start > most:
+        raise ConfigError(
+            f"--ctx_start={start}: expected at most --ctx_max, which is {most}"
+        )
+    if not math.isfinite(_STEP_MUL.value):
+        raise ConfigError(f"--step_mul={_STEP_MUL.value}: expected a finite number")
+    needed = most + _GEN_TOKENS.value + 1
+    if alloc is not None and alloc < needed:
+        raise ConfigError(
+            f"--ctx_alloc={alloc}: expected at least {needed}, one more than --ctx_max"
+            " and --gen_tokens together"
+        )
+    name, size = ("ctx_max", needed) if alloc is None else ("ctx_alloc", alloc)
+    limit = int(config.yarn_original_context * config.yarn_factor)
+    if size > limit:
+        raise ConfigError(
+            f"--{name}: expected a context of at most {limit} tokens, the model's,"
+            f" found {size}"
+        )
+    return size
+
+
+def _read_prompt(vocab: int) -> list[int]:
+    """Return as many ids as the last context has."""
+    most = _CTX_MAX.value
+    tokenizer = None if _SYNTH.value else model_flags.load_tokenizer()
+    path = _PROMPT_FILE.value
+    if tokenizer is None:
+        if path is not None:
+            raise FileError(
+                f"{model_flags.trunk_path()}: has no vocabulary to read --prompt_file"
+                " with; leave that out"
+            )
+        return np.random.default_rng(0).integers(vocab, size=most).tolist()
+    text = token_flags.read_text(path or str(assets.prompt("technical")))
+    ids = [tokenizer.bos, *tokenizer.encode(text)]
+    if path is None:
+        ids += ids[1:] * (most // (len(ids) - 1))
+    if len(ids) < most:
+        raise TokenError(
+            f"--prompt_file={path}: expected at least {most} tokens, as --ctx_max says,"
+            f" found {len(ids)}"
+        )
+    return ids[:most]
+
+
+def _load(config: ModelConfig, choice: Choice) -> deepseek.Model:
+    if _SYNTH.value is None:
+        return model_flags.load()
+    drafts = choice.decoding.depth > 0
+    return deepseek.synthetic_model(config, synth_flags.plan(), mtp=drafts)
+
+
+def _describe(config: ModelConfig, choice: Choice) -> dict[str, str]:
+    """Return the columns that say what is measured."""
+    mode = choice.decoding.mode
+    model = model_flags.trunk_path().name
+    if _SYNTH.value is not None:
+        model = f"synthetic {_SYNTH.value} {synth_flags.plan()} {config.layers} layers"
+    usual = Decoding(mode=mode)
+    settings = [
+        f"{field.name}={value}"
+        for field in dataclasses.fields(usual)
+        if (value := getattr(choice.decoding, field.name)) != getattr(usual, field.name)
+    ]
+    return {
+        "model": model,
+        "mode": mode.kind,
+        "depth": str(choice.decoding.depth),
+        "verifier": mode.verifier,
+        "output_class": choice.output_class,
+        "settings": " ".join(settings + [f"margin={mode.margin}"] * bool(mode.margin)),
+    }
+
+
+def _way(choice: Choice) -> str:
+    mode = choice.decoding.mode
+    near = ", batched" if mode.verifier == "batched" else ""
+    return f"{mode.kind} {choice.decoding.depth}{near}" if mode.depth else mode.kind
+
+
+def _measured(point: Point) -> dict[str, str]:
+    """Return the columns of ds4-bench."""
+    return {
+        "ctx_tokens": str(point.context),
+        "prefill_tokens": str(point.read),
+        "prefill_tps": f"{point.read / point.prefill_seconds:.2f}",
+        "gen_tokens": str(len(point.tokens)),
+        "gen_tps": f"{len(point.tokens) / point.decode_seconds:.2f}",
+        "kvcache_bytes": str(point.cache_bytes),
+    }
+
+
+def _counted(point: Point) -> dict[str, str]:
+    """Return the columns of what was counted; a share of no drafts is empty."""
+    share = lambda some, of: f"{some / of:.3f}" if of else ""  # noqa: E731
+    return {
+        "acceptance": share(sum(point.accepted), sum(point.drafted)),
+        **{
+            f"accepted_at_{place + 1}": share(point.accepted[place], of)
+            for place, of in zip(range(MAX_DEPTH), point.drafted, strict=True)
+        },
+        "shared_reads_per_token": share(point.passes, len(point.tokens)),
+        "passes": str(point.passes),
+        "ctx_alloc": str(point.allocated),
+        "sha256": driver.digest(point.tokens),
+    }
+
+
+def _line(row: Mapping[str, str]) -> str:
+    return "  ".join(f"{row[name]:>{width}}" for name, width in _PRINTED.items())
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, str]]):
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
