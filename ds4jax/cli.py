@@ -29,6 +29,7 @@ from ds4jax.errors import Ds4Error
 COMMANDS = {
     "generate": "continue a prompt, speculatively or plainly",
     "score": "write the logits and streams that a model gives a text",
+    "check": "say whether every way of decoding does what it promises",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
