@@ -42,8 +42,8 @@ NEAR = 0.1
 adds up to over a text stays far below, and a row of another token is at about 1."""
 
 LEAST_ACCEPTED = 0.9
-"""Share of the replay's accepted drafts that such a run must accept at least, and of its
-guesses that a pass over the whole text must make, too: near ties fall either way."""
+"""Share of the replay's accepted drafts that such a run must accept at least, and of
+its guesses that a pass over the whole text must make: near ties fall either way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Checked:
                 self.model, [*read, *tokens], len(read), GREEDY, max_context=context
             )
         exact = way.output_class == "G"
-        # A margin that lets no draft pass leaves plain decoding, of which none is asked.
+        # A margin that lets no draft pass leaves plain decoding, which needs none.
         shut = way.mode.margin > 0 and not counts["drafted"]
         return dataclasses.replace(
             self.verdicts[key],

@@ -81,7 +81,7 @@ def _feed(
     model: Model,
     cache: Cache,
     head: Cache | None,
-    newest: Float[Array, "1 1 M D"] | None,
+    newest: Float[Array, "B T M D"] | None,
     text: Int[Array, "context"],
     count: Int[Array, ""],
 ):
@@ -271,7 +271,7 @@ def whole(model: Model, replay: Replay, context: int) -> Whole:
 
 
 @jax.jit
-def _whole(model: Model, text: Int[Array, "1 T"], count: Int[Array, "1"]):
+def _whole(model: Model, text: Int[Array, "B T"], count: Int[Array, "B"]):
     modules = model.modules()
     following = jnp.roll(text, -1, axis=1)
     out = modules.trunk(text, None, count)
