@@ -261,11 +261,12 @@ def _row(name: str, known: Checked, way: Way, plain: list[int]) -> Row:
     exact = way.output_class == "G"
     counts = carry.statistics.of()
     verdict = known.verdict(tokens, way, counts)
+    idle = "" if verdict.kind == "plain" or verdict.accepted else ", no draft accepted"
     steps = known.replay(tokens, way.head)
     checks = {
         "tokens": _compare(tokens, plain, exact),
         "again": Check("same" if same else "other", same),
-        "gap": Check(f"{verdict.worst:.3g}", verdict.passes),
+        "gap": Check(f"{verdict.worst:.3g}{idle}", verdict.passes),
         "diverged": Check(f"{verdict.divergence.rate:.1%}"),
         "drafts": _drafts(carry, steps, way.mode, exact),
     }
