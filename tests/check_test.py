@@ -94,7 +94,7 @@ def rejected_row_stays(genuine, carry, out, block, count, decoding):
 PLANTS: list[tuple[Any, str, Callable, set[str]]] = [
     (transitions, "_advance", anchor_of_another_row, {"drafts", "anchor", "head"}),
     (cycles, "draft", draft_of_the_token_before, {"drafts", "head"}),
-    (cycles, "agreement", draft_accepted_one_off, {"tokens", "gap", "drafts"}),
+    (cycles, "agreement", draft_accepted_one_off, {"tokens", "gap"}),
     (transitions, "_advance", rejected_row_stays, {"trunk"}),
 ]
 """Where a fault is planted, instead of what, which, and what has to fail of it."""
