@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "continue a prompt, speculatively or plainly",
     "score": "write the logits and streams that a model gives a text",
     "bench": "measure reading and decoding speed against the context",
+    "check": "say whether every way of decoding does what it promises",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
