@@ -30,6 +30,8 @@ COMMANDS = {
     "generate": "continue a prompt, speculatively or plainly",
     "score": "write the logits and streams that a model gives a text",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
+    "ablate": "measure ways of decoding against each other, with report and figures",
+    "compare": "compare the runs.csv of two ablations",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
     "imatrix": "measure which columns of the matrices matter, for convert",
