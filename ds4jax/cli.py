@@ -134,6 +134,12 @@ def _parse(argv: list[str], module: ModuleType) -> list[str]:
         raise UsageError(
             f"missing {_spelling(flags.FLAGS[absent[1]])}" if absent else str(error)
         ) from None
+    except Exception as error:
+        # ml_collections runs a config file, which may do anything, as it reads flags.
+        if not any(re.match("--?config[.=]", word) for word in argv):
+            raise
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise UsageError(f"--config: {type(error).__name__}: {reason}") from None
     expected = _arguments(module)
     if len(arguments) < len(expected):
         raise UsageError(f"missing {expected[len(arguments)]}; see --help")

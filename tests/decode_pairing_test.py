@@ -27,7 +27,7 @@ def test_the_tokens_are_plains(model, fill):
 
 
 def test_a_draft_is_the_heads_own_second_guess(model):
-    """The rows before are (h_i, t_i); the guess is made of `first`."""
+    """The rows before are (h_i, t_i), and the guess is made of `first`."""
     config, tokens = model.config, prompt(model)
     how = Decoding(mode=Mode("continuous", 1), pairing="ds4")
     text = np.array([tokens], np.int32)

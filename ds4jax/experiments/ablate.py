@@ -78,8 +78,7 @@ def _settings() -> Settings:
     try:
         return Settings.of(_CONFIG.value.to_dict())
     except OSError as error:
-        reason = str(error).replace("\n", " ")
-        raise ConfigError(f"--config: cannot be read: {reason}") from None
+        raise ConfigError(f"--config: {error}") from None
     except ConfigError as error:
         name = str(error)
         prefix = "--" if name.startswith("config.") else "--config."

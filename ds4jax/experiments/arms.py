@@ -172,7 +172,12 @@ REFERENCES = (PLAIN, ONE_ROW)
 
 def arms(settings: Settings) -> tuple[Arm, ...]:
     """Return what an ablation measures: plain decoding, then all that drafts."""
-    axes = settings.verifiers, settings.pairings, settings.fills, settings.gates
+    axes: tuple[tuple[Any, ...], ...] = (
+        settings.verifiers,
+        settings.pairings,
+        settings.fills,
+        settings.gates,
+    )
     first = tuple(axis[0] for axis in axes)
     depths = [depth for depth in settings.depths if depth]
     grid = list(itertools.product(settings.modes, depths))

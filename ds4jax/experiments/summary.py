@@ -130,7 +130,7 @@ def _summary(own: Sequence[Run], arms: dict[str, list[Run]], reference: str) -> 
     share = 1.0
     if own[0].gate:
         share = (drafted[0] + sum(run.cold_cycles for run in own)) / cycles
-    base = 1 + share * (own[0].mode == "chained")
+    base = 1.0 + share * (own[0].mode == "chained")
     cost = Cost(
         r=share * target_ms / plain + (1 - share) * resting,
         d=share * draft_ms / plain,

@@ -82,7 +82,7 @@ class Cost:
 
     r: float
     d: float
-    base: float = 1
+    base: float = 1.0
 
     def speedup(self, accepted: float) -> float:
         """Return the speed-up over one-row passes, given a."""
