@@ -1,6 +1,7 @@
 """ds4's pairing of the head, (h_p, t_p): other drafts, the same tokens."""
 
 import jax
+import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_a_draft_is_the_heads_own_second_guess(model):
     """The rows before are (h_i, t_i), and the guess is made of `first`."""
     config, tokens = model.config, prompt(model)
     how = Decoding(mode=Mode("continuous", 1), pairing="ds4")
-    text = np.array([tokens], np.int32)
+    text = jnp.array([tokens], jnp.int32)
     out = models.trunk(model, text)
     streams, paired = pair(out.streams, text, "ds4")
     cache = models.fresh(config, mtp=True)

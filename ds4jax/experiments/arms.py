@@ -172,13 +172,13 @@ REFERENCES = (PLAIN, ONE_ROW)
 
 def arms(settings: Settings) -> tuple[Arm, ...]:
     """Return what an ablation measures: plain decoding, then all that drafts."""
-    axes: tuple[tuple[Any, ...], ...] = (
+    axes: list[Sequence[Any]] = [
         settings.verifiers,
         settings.pairings,
         settings.fills,
         settings.gates,
-    )
-    first = tuple(axis[0] for axis in axes)
+    ]
+    first: tuple[Any, ...] = tuple(axis[0] for axis in axes)
     depths = [depth for depth in settings.depths if depth]
     grid = list(itertools.product(settings.modes, depths))
     if settings.cross:

@@ -168,6 +168,7 @@ def _cycle(found: Sequence[Summary]):
         left += width
     panel.set_yticks(range(len(arms)), list(arms))
     panel.invert_yaxis()
+    panel.set_xlim(0, 1.03 * left.max())
     panel.set_xlabel("milliseconds per cycle, median of texts")
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="x", alpha=0.25, linewidth=0.6)
