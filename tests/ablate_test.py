@@ -58,8 +58,7 @@ def wait_for_rows(process, path, rows):
 def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
     """Killed twice, then left to finish: every row once, the early ones untouched.
 
-    What the kill would leave half written is added by hand.  Seen red with rows keyed
-    without their round, and with a torn part that is not cut off.
+    What a kill could leave half written is added by hand.
     """
     table = tmp_path / "out" / "runs.csv"
     line = [sys.executable, "-m", "ds4jax", "ablate", *words, f"--out={table.parent}"]
