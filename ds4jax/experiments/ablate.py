@@ -28,8 +28,8 @@ from ds4jax import assets, gguf
 from ds4jax.errors import ConfigError
 from ds4jax.experiments import environment, model_flags, runs_csv
 from ds4jax.experiments.ablation_report import render
+from ds4jax.experiments.arm_runs import Bench, Passage
 from ds4jax.experiments.arms import Arm, Settings, arms
-from ds4jax.experiments.bench import Bench, Passage
 from ds4jax.experiments.figures import draw
 from ds4jax.experiments.runs_csv import Key, Run
 from ds4jax.files import check_place, make_folder, replacing
