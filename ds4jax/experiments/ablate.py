@@ -146,7 +146,7 @@ def measure(
                 warm.add(arm)
         for number, passage, arm in todo:
             bar.set_postfix_str(f"{arm.name}, {passage[0]}")
-            run = Run(**bench.run(arm, passage, number), **origin)
+            run = Run(**bench.run(arm, passage, number) | origin)
             append(run)
             found.append(run)
             bar.update()
