@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib  # noqa: F401 - told at once, rather than when all is measured
 from absl import flags
@@ -120,7 +121,7 @@ def measure(
     done: Sequence[Run],
     todo: Sequence[Turn],
     table: Path,
-    origin: dict[str, str],
+    origin: dict[str, Any],
 ) -> list[Run]:
     """Return the runs of `todo`, each written to the table at once.
 
