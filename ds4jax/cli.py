@@ -32,6 +32,8 @@ COMMANDS = {
     "bench": "measure reading and decoding speed against the context",
     "check": "say whether every way of decoding does what it promises",
     "inspect": "what is in a GGUF file, and what decoding reads of it",
+    "ablate": "measure ways of decoding against each other, with report and figures",
+    "compare": "compare the runs.csv of two ablations",
     "train": "train the tiny model",
     "evaluate": "loss and draft acceptance on held-out text",
     "imatrix": "measure which columns of the matrices matter, for convert",
@@ -134,6 +136,12 @@ def _parse(argv: list[str], module: ModuleType) -> list[str]:
         raise UsageError(
             f"missing {_spelling(flags.FLAGS[absent[1]])}" if absent else str(error)
         ) from None
+    except Exception as error:
+        # ml_collections runs a config file, which may do anything, as it reads flags.
+        if not any(re.match("--?config[.=]", word) for word in argv):
+            raise
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise UsageError(f"--config: {type(error).__name__}: {reason}") from None
     expected = _arguments(module)
     if len(arguments) < len(expected):
         raise UsageError(f"missing {expected[len(arguments)]}; see --help")

@@ -59,6 +59,8 @@ def serve(name: str):
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(usual | environment)
+        # Where ml_collections looks for the fields of a config that are given.
+        sys.argv = ["ds4jax", name, *words]
         out, err = io.StringIO(), io.StringIO()
         with (
             contextlib.redirect_stdout(out),

@@ -111,7 +111,7 @@ def counters(counts: Sequence[int], mode: Mode, tokens: int) -> dict:
 
 @functools.partial(jax.jit, static_argnames="decoding")
 def _cycles(model, carry, script, eos, limit, decoding):
-    def draft(model, carry, first, depth, temperature):
+    def draft(model, carry, first, depth, temperature, pairing):
         carry, own, _ = transitions.draft(model, carry, first, depth, temperature)
         at = carry.length[:, None] + 1 + jnp.arange(depth)
         guesses = jnp.take_along_axis(script.guesses, at, axis=1)

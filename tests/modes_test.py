@@ -111,6 +111,7 @@ def test_an_impossible_mode_is_told_in_one_line(words, message):
         ({"prefill_chunk": 0}, "prefill_chunk: expected at least 1, found 0"),
         ({"prefill_chunk": -8}, "prefill_chunk: expected at least 1, found -8"),
         ({"policy": "cold"}, "policy: expected warm or parity, found 'cold'"),
+        ({"pairing": "none"}, "pairing: expected trained or ds4, found 'none'"),
         ({"temperature": -0.1}, "temperature: expected 0, or a finite number from"),
         ({"temperature": math.inf}, "temperature: expected 0, or a finite number from"),
         ({"temperature": math.nan}, "temperature: expected 0, or a finite number from"),

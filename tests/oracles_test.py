@@ -84,7 +84,7 @@ BUGS = {
 
 @functools.partial(jax.jit, static_argnames=("decoding", "bug"))
 def decode(model, carry, proposals, decoding, bug=None):
-    def draft(model, carry, first, depth, temperature):
+    def draft(model, carry, first, depth, temperature, pairing):
         guesses = jax.lax.dynamic_slice(proposals, carry.length + 1, (depth,))
         dropped = transitions.drop_anchor(carry, carry.active)
         return dropped, guesses[None], jnp.zeros(1)

@@ -93,14 +93,14 @@ def _plain(model, carry, eos, decoding) -> DecodeCarry:
     active = carry.active
     first = first_token(carry, decoding.temperature)
     if carry.anchor is not None and decoding.fill:
-        carry = _fill_if_full(model, carry, first)
+        carry = _fill_if_full(model, carry, first, decoding)
     block = first[:, None]
     out = verify(model, carry, block)
     carry, _ = commit(carry, out, block, jnp.ones_like(first), eos, decoding)
     return drop_anchor(carry, active) if decoding.policy == "parity" else carry
 
 
-def _fill_if_full(model, carry, following) -> DecodeCarry:
+def _fill_if_full(model, carry, following, decoding) -> DecodeCarry:
     """Write the head's rows that wait once they are as many as a verification leaves.
 
     So plain decoding seldom pays for a pass of the head; and the anchor keeps space for
@@ -111,7 +111,7 @@ def _fill_if_full(model, carry, following) -> DecodeCarry:
     full = carry.active & (anchor.rows == 1 + MAX_DEPTH)
 
     def write():
-        filled = fill(model, carry, following, full)
+        filled = fill(model, carry, following, full, decoding.pairing)
         assert filled.anchor is not None
         return filled.mtp_cache, filled.anchor.rows
 
@@ -140,7 +140,9 @@ def _speculate(model, carry, eos, decoding) -> DecodeCarry:
     mode, temperature = decoding.mode, decoding.temperature
     valid, most = carry.anchor.valid, allowed(carry)
     first = first_token(carry, temperature)
-    carry, guesses, lead = draft(model, carry, first, decoding.depth, temperature)
+    carry, guesses, lead = draft(
+        model, carry, first, decoding.depth, temperature, decoding.pairing
+    )
     block = jnp.concatenate([first[:, None], guesses], axis=1)
     out = verify(model, carry, block, mode.verifier)
     at = carry.length[:, None] + 1 + jnp.arange(block.shape[1])

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from ds4jax.decode.carry import MAX_DEPTH
 from ds4jax.decode.gate import Gate
 from ds4jax.errors import expect
+from ds4jax.model.mtp import Pairing
 
 Kind = Literal["plain", "chained", "continuous"]
 Verifier = Literal["exact", "batched"]
@@ -98,6 +99,8 @@ class Decoding:
       policy: when the anchor is valid.
       fill: write the MTP head's row of every token.  Otherwise, as in ds4, only of
         those that a draft starts from, which leaves gaps; for ablation.
+      pairing: which token the head gets with the streams of position p: `trained`, the
+        one after; `ds4`, the one at p, as ds4 first does, for ablation.
       temperature: 0 is greedy; else at least MIN_TEMPERATURE, below which logits
         would overflow; see `transitions.choose`.
       gate: when to decode plainly for a while, drafts not being accepted; None: never.
@@ -105,12 +108,13 @@ class Decoding:
         its count.  No verification is of more rows either (antirez/ds4#381).
 
     Raises:
-      ConfigError: for another temperature, or a chunk without rows.
+      ConfigError: for another temperature, policy or pairing, or a chunk without rows.
     """
 
     mode: Mode
     policy: AnchorPolicy = "warm"
     fill: bool = True
+    pairing: Pairing = "trained"
     temperature: float = 0.0
     gate: Gate | None = None
     prefill_chunk: int = PREFILL_CHUNK
@@ -129,6 +133,12 @@ class Decoding:
             self.policy in get_args(AnchorPolicy),
             "warm or parity",
             self.policy,
+        )
+        expect(
+            "pairing",
+            self.pairing in get_args(Pairing),
+            "trained or ds4",
+            self.pairing,
         )
         expect(
             "temperature",

@@ -22,7 +22,7 @@ from ds4jax.decode.carry import ANCHOR_ROWS, Anchor, DecodeCarry
 from ds4jax.decode.modes import Decoding, Verifier
 from ds4jax.model.cache import Cache, forget, scatter
 from ds4jax.model.deepseek import DeepSeek, Model
-from ds4jax.model.mtp import MTPOutput
+from ds4jax.model.mtp import MTPOutput, Pairing
 from ds4jax.model.trunk import TrunkOutput
 
 
@@ -93,13 +93,14 @@ def prefill(
     index = jnp.where(real, start[:, None] + offset, -1)
     newest = _row(out.streams, count - 1)
     if carry.anchor is not None and decoding.fill:
-        carry = fill(model, carry, chunk[:, 0], jnp.ones_like(carry.done))
+        everyone = jnp.ones_like(carry.done)
+        carry = fill(model, carry, chunk[:, 0], everyone, decoding.pairing)
         assert modules.mtp is not None and carry.mtp_cache is not None
         last = offset == count[:, None] - 1
         after = jnp.where(last, following[:, None], jnp.roll(chunk, -1, axis=1))
         head = modules.mtp(
             modules.trunk,
-            jnp.maximum(after, 0),
+            chunk if decoding.pairing == "ds4" else jnp.maximum(after, 0),
             out.streams,
             _set_length(carry.mtp_cache, start),
             count - (following < 0),
@@ -125,13 +126,17 @@ def prefill(
 
 
 def _run_pending(
-    modules: DeepSeek, carry: DecodeCarry, following: Int[Array, "B"]
+    modules: DeepSeek,
+    carry: DecodeCarry,
+    following: Int[Array, "B"],
+    pairing: Pairing,
 ) -> MTPOutput:
     """Run the head on the anchor's rows, now that `following` is known to be next."""
     assert modules.mtp is not None
     assert carry.anchor is not None and carry.mtp_cache is not None
     end, rows = carry.length, carry.anchor.rows
-    position = (end - rows + 1)[:, None] + jnp.arange(ANCHOR_ROWS)
+    first = end - rows + (pairing == "trained")
+    position = first[:, None] + jnp.arange(ANCHOR_ROWS)
     known = jnp.take_along_axis(
         carry.tokens, jnp.clip(position, 0, carry.max_context - 1), axis=1
     )
@@ -145,12 +150,13 @@ def fill(
     carry: DecodeCarry,
     following: Int[Array, "B"],
     which: Bool[Array, "B"],
+    pairing: Pairing = "trained",
 ) -> DecodeCarry:
     """Write the head's rows that wait for `following`, and let go of the anchor.
 
     Only sequences of `which` let go; the others write those rows again later.
     """
-    out = _run_pending(model.modules(), carry, following)
+    out = _run_pending(model.modules(), carry, following, pairing)
     return _let_go(carry, out.cache, which)
 
 
@@ -185,6 +191,7 @@ def draft(
     first: Int[Array, "B"],
     depth: int,
     temperature: float = 0.0,
+    pairing: Pairing = "trained",
 ) -> tuple[DecodeCarry, Int[Array, "B depth"], Float[Array, "B"]]:
     """Guess what follows `first`, from the streams the last target pass left behind.
 
@@ -194,6 +201,7 @@ def draft(
       first: the token that the last logits decided, not yet committed.
       depth: tokens to guess; each beyond the first feeds on the head's own streams.
       temperature: as of `choose`.
+      pairing: under ds4's the head first guesses `first`, and takes a pass more.
 
     Returns:
       The carry with the head's rows up to date and, of active sequences, the anchor
@@ -202,20 +210,21 @@ def draft(
     """
     modules = model.modules()
     assert carry.anchor is not None and modules.mtp is not None
-    out = _run_pending(modules, carry, first)
+    out = _run_pending(modules, carry, first, pairing)
     newest = jnp.maximum(carry.anchor.rows - 1, 0)
     streams = _row(out.streams, newest)[:, None]
     logits = _row(out.logits, newest)[:, None]
     # The rows made from the head's own streams are not kept: a row is written from the
     # trunk's, once the tokens are committed.
     carry = _keep_newest(_let_go(carry, out.cache, carry.active))
-    guesses, cache = [], out.cache
+    guesses, cache, token = [], out.cache, first[:, None]
     for place in range(depth):
-        if place:
-            out = modules.mtp(modules.trunk, guesses[-1], streams, cache)
+        if place or pairing == "ds4":
+            out = modules.mtp(modules.trunk, token, streams, cache)
             logits, streams, cache = out.logits, out.streams, out.cache
         at = (carry.length + 1 + place)[:, None]
-        guesses.append(choose(logits, at, carry.rng, temperature))
+        token = choose(logits, at, carry.rng, temperature)
+        guesses.append(token)
     best = jax.lax.top_k(logits[:, 0], 2)[0]
     return carry, jnp.concatenate(guesses, axis=1), best[:, 0] - best[:, 1]
 
@@ -332,7 +341,7 @@ def decode(
     """
     everyone = jnp.ones_like(carry.done)
     if carry.anchor is not None and decoding.fill:
-        carry = fill(model, carry, token, everyone)
+        carry = fill(model, carry, token, everyone, decoding.pairing)
     block = token[:, None]
     one = jnp.ones_like(carry.length)
     carry = _advance(carry, verify(model, carry, block), block, one, decoding)
@@ -357,15 +366,15 @@ def rewind(
     A subtraction, and a pass on the last token kept for its logits and its streams.
     Exact while `reach - length` is at most the rings' slack; see `driver.rewind`.
     """
-    before = length - 1
+    before, everyone = length - 1, jnp.ones_like(carry.done)
     last = jnp.take_along_axis(carry.tokens, before[:, None], axis=1)[:, 0]
     if carry.anchor is not None:
         if decoding.fill:
             # What follows the newest token is not known; its row is forgotten below.
-            carry = fill(model, carry, last, jnp.ones_like(carry.done))
+            carry = fill(model, carry, last, everyone, decoding.pairing)
         assert carry.mtp_cache is not None
         carry = dataclasses.replace(carry, mtp_cache=forget(carry.mtp_cache, before))
-        carry = drop_anchor(carry, jnp.ones_like(carry.done))
+        carry = drop_anchor(carry, everyone)
     carry = dataclasses.replace(
         carry, cache=_set_length(carry.cache, before), done=jnp.zeros_like(carry.done)
     )

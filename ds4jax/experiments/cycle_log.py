@@ -33,7 +33,9 @@ def _drafts(
         carry = cycles.cycle(model, carry, jnp.int32(-1), base)
     first = transitions.first_token(carry, decoding.temperature)
     depth = max(decoding.depth, 1)
-    return transitions.draft(model, carry, first, depth, decoding.temperature)[1:]
+    return transitions.draft(
+        model, carry, first, depth, decoding.temperature, decoding.pairing
+    )[1:]
 
 
 def stream(

@@ -31,6 +31,7 @@ from ds4jax.decode.modes import (
 )
 from ds4jax.decode.precedence import Ds4Flags, Logs, resolve
 from ds4jax.errors import ConfigError
+from ds4jax.model.mtp import Pairing
 
 _MODE = flags.DEFINE_enum(
     "mode", "continuous", get_args(Kind), "How to decode; the tokens are the same."
@@ -53,6 +54,10 @@ _POLICY = flags.DEFINE_enum(
 _FILL = flags.DEFINE_bool(
     "fill", True, "Give the MTP head a row for every token; ds4 leaves gaps."
 )
+_PAIRING = flags.DEFINE_enum(
+    "pairing", "trained", get_args(Pairing),
+    "Of the MTP head: the streams of p with the token after it, or as in ds4 with it.",
+)  # fmt: skip
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "Of sampling; 0 is greedy.", lower_bound=0
 )
@@ -152,6 +157,7 @@ def _decoding(mode: Mode) -> Decoding:
             mode=mode,
             policy=cast(AnchorPolicy, _POLICY.value),
             fill=_FILL.value,
+            pairing=cast(Pairing, _PAIRING.value),
             temperature=_TEMPERATURE.value,
             gate=Gate() if _GATE.value else None,
             prefill_chunk=_PREFILL_CHUNK.value,

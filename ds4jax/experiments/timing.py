@@ -1,0 +1,94 @@
+"""Statistics of paired timings, and the cost model that they are held against.
+
+Source: DESIGN §6.  The interval is the percentile bootstrap of a median (Efron and
+Tibshirani, An Introduction to the Bootstrap, chapter 13).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 4000
+"""Of the bootstrap; the ends of an interval then move by little from seed to seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What repeated measurements say of one number.
+
+    Attributes:
+      median: of all.
+      low, high: ends of the bootstrap 95 % interval of the median.
+      least, most: of all.
+      count: how many measurements.
+    """
+
+    median: float
+    low: float
+    high: float
+    least: float
+    most: float
+    count: int
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Return the estimate from independent measurements, at least one.
+
+    The same values give the same interval.  That of few values is too narrow: of n
+    values the true median lies outside all of them in 2^(1-n) of cases.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    if not len(values):
+        raise ValueError("values: expected at least one, found none")
+    found = np.asarray(values, np.float64)
+    rng = np.random.default_rng(0)
+    resampled = rng.choice(found, (RESAMPLES, len(found)))
+    low, high = np.percentile(np.median(resampled, axis=1), (2.5, 97.5))
+    return Estimate(
+        median=float(np.median(found)),
+        low=float(low),
+        high=float(high),
+        least=float(found.min()),
+        most=float(found.max()),
+        count=len(found),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a speculative cycle costs, in passes of one row.
+
+    A cycle of `base` sure tokens and `a` accepted drafts makes `base + a` tokens, which
+    one-row passes would make in `base + a`.  It takes r + d of them, so
+
+        speed-up = (base + a) / (r + d),    and breaks even at a = r + d - base.
+
+    At depth 1 a is the acceptance alpha, and this is (1 + alpha) / (r + d).  At depth k
+    it is the mean number of drafts accepted per cycle, 0..k: the sum over places of the
+    share of cycles whose draft there was accepted.  No independence of places is
+    assumed, so a is measured, not predicted from alpha.
+
+    Attributes:
+      r: time of the cycle's target passes: one, or with the base pass of a chained
+        cycle two.
+      d: time of drafting, all places.
+      base: 1, or 2 if chained.
+    """
+
+    r: float
+    d: float
+    base: float = 1.0
+
+    def speedup(self, accepted: float) -> float:
+        """Return the speed-up over one-row passes, given a."""
+        return (self.base + accepted) / (self.r + self.d)
+
+    @property
+    def break_even(self) -> float:
+        """Return the accepted drafts per cycle at which the speed-up is 1."""
+        return self.r + self.d - self.base

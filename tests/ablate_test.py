@@ -1,0 +1,184 @@
+"""`ds4jax ablate`: what it leaves in its folder, also after it was killed."""
+
+import collections
+import csv
+import functools
+import signal
+import subprocess
+import sys
+import time
+
+import commands
+import pytest
+import shipped
+
+from ds4jax.experiments import runs_csv
+from ds4jax.experiments.figures import FIGURES
+
+CONFIG = """
+def get_config():
+    from ml_collections import ConfigDict
+    return ConfigDict(dict(
+        modes=("continuous",), depths=(0, 1), texts=("copy",), tokens=12,
+        rounds=12, repeats=1, gates=(False,), verifiers=("exact",), seeds=(0,),
+    ))
+"""
+ARMS = ("plain", "plain one-row", "continuous 1")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Return the flags of a small model and a config of 39 runs."""
+    folder = tmp_path_factory.mktemp("pair")
+    trunk, mtp = shipped.write_pair(folder)
+    (folder / "config.py").write_text(CONFIG)
+    return [f"--gguf={trunk}", f"--mtp={mtp}", f"--config={folder / 'config.py'}"]
+
+
+@pytest.fixture(scope="module")
+def command():
+    with commands.command("ablate") as command:
+        yield command
+
+
+@pytest.fixture
+def ablate(command, tmp_path):
+    """Return a function that runs the command in `tmp_path`."""
+    return functools.partial(command.run, tmp_path)
+
+
+def wait_for_rows(process, path, rows):
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") > rows:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"ended with {process.returncode} before {rows} rows")
+
+
+def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
+    """Killed twice, then left to finish: every row once, the early ones untouched.
+
+    What a kill could leave half written is added by hand.
+    """
+    table = tmp_path / "out" / "runs.csv"
+    line = [sys.executable, "-m", "ds4jax", "ablate", *words, f"--out={table.parent}"]
+    for rows in (3, 14):
+        with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
+            wait_for_rows(process, table, rows)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+        assert not (table.parent / "report.md").exists()
+    before = table.read_bytes()
+    whole = before[: before.rfind(b"\n") + 1]
+    assert 14 <= whole.count(b"\n") - 1 < 39
+    with table.open("ab") as file:
+        file.write(b"plain,copy,0,7,plai")
+
+    status, out, err = ablate(*words, "--out=out")
+    assert status == 0, err
+    assert out == "out/report.md: 39 runs of 3 arms\n"
+    assert table.read_bytes().startswith(whole)
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    keys = collections.Counter((row["arm"], row["round"]) for row in rows)
+    assert keys == {(arm, str(n)): 1 for arm in ARMS for n in range(13)}
+    assert {row["tokens"] for row in rows} == {"12"}
+    assert len({row["sha256"] for row in rows if row["arm"] != ARMS[1]}) == 1
+    assert {row["worst_gap"] for row in rows if row["arm"] != ARMS[1]} == {"0.0"}
+
+    # Done, it only writes the report and the figures anew, and without a model's work.
+    done, report = table.read_bytes(), (tmp_path / "out/report.md").read_text()
+    (tmp_path / "out/report.md").unlink()
+    status, _, err = ablate(*words, "--out=out")
+    assert status == 0, err
+    assert table.read_bytes() == done
+    assert (tmp_path / "out/report.md").read_text() == report
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"runs.csv", "report.md", *FIGURES}
+    for arm in ARMS:
+        assert f"| {arm} | " in report
+    # And refuses another config, in one line, touching nothing.
+    status, out, err = ablate(*words, "--out=out", "--config.tokens=13")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "out/runs.csv: holds runs of another config," in err
+    assert "name another --out" in err and table.read_bytes() == done
+
+
+def test_fields_of_the_config_are_flags(ablate, words, tmp_path):
+    """Texts and seeds multiply the runs; a seed starts from a part of the text."""
+    status, out, err = ablate(
+        *words, "--out=out", "--config.depths=0", "--config.texts=copy,prose",
+        "--config.seeds=0,5", "--config.rounds=1",
+    )  # fmt: skip
+    assert status == 0, err
+    assert out == "out/report.md: 16 runs of 2 arms\n"
+    runs = runs_csv.read(tmp_path / "out/runs.csv")
+    plain = [run for run in runs if run.arm == "plain"]
+    assert len({(run.text, run.seed, run.sha256) for run in plain}) == 4
+    assert len({run.sha256 for run in plain}) > 2
+    assert "Nothing drafts." in (tmp_path / "out/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--config.depths=0,5"], "--config.depths: expected some of: 0 1 2 3 4, fou"),
+        (["--config.depths=1,1"], "--config.depths: expected each once, found (1, 1)"),
+        (["--config.texts=copy,poem"], "--config.texts: expected some of: copy techn"),
+        (["--config.modes=eager"], "--config.modes: expected some of: continuous cha"),
+        (["--config.rounds=0"], "--config.rounds: expected at least 1, found 0"),
+        (["--config.rounds=x"], "--config.rounds=x: invalid literal for int"),
+        (["--config.seeds=-1"], "--config.seeds: expected some of 0, 1, .."),
+        (["--config.round=3"], 'Did you mean "rounds" instead of "round"?'),
+        (["--config=none.py"], "none.py"),
+        (["--config=broken.py"], "--config: ZeroDivisionError: division by zero"),
+        (["--config=odd.py"], "--config.colour: expected a field of: modes depths"),
+        (["--config=hot.py"], "--config.temperature: expected 0, or a finite number"),
+        (["--out=/dev/null/x"], "--out=/dev/null/x: Not a directory"),
+        (["--gguf=none.gguf"], "none.gguf"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    ablate, words, tmp_path, more, message
+):
+    configs = {
+        "broken": "1 / 0",
+        "odd": "dict(colour=1)",
+        "hot": "dict(temperature=-1.)",
+    }
+    for name, value in configs.items():
+        (tmp_path / f"{name}.py").write_text(
+            "from ml_collections import ConfigDict\n"
+            f"def get_config():\n    return ConfigDict({value})\n"
+        )
+    status, out, err = ablate(*words, "--out=out", *more)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and message in err
+    assert not (tmp_path / "out" / "runs.csv").exists()
+
+
+def test_what_it_needs_is_told(ablate, words):
+    for given, message in (
+        (words[2:], "missing --out"),
+        ([*words[:2], "--out=out"], "missing --config"),
+        ([words[0], words[2], "--out=out"], "--mtp: expected an MTP file"),
+    ):
+        status, out, err = ablate(*given)
+        assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_the_configs_that_ship_are_good():
+    import importlib.util
+    from pathlib import Path
+
+    from ds4jax.experiments.arms import Settings, arms
+
+    folder = Path(__file__).parent.parent / "configs"
+    names = sorted(folder.glob("ablation_*.py"))
+    assert [path.stem for path in names] == ["ablation_depth", "ablation_smoke"]
+    for path in names:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        assert len(arms(Settings.of(module.get_config().to_dict()))) > 2
