@@ -77,7 +77,7 @@ class Transformers:
     ) -> tuple[float, list[int], np.ndarray]:
         """Return the seconds, the tokens, and the logits [tokens, V] they were of."""
         cache = transformers.DynamicCache(config=self.model.config)
-        step = functools.partial(self.model, use_cache=True, **{CACHE: cache})
+        step = functools.partial(self.model, past_key_values=cache, use_cache=True)
         logits = step(input_ids=torch.tensor([list(prompt)])).logits[:, -1]
         chosen, seen = [], []
         start = time.perf_counter()
