@@ -3,6 +3,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 RUN = generate --compare
+PEER_OUT = benchmarks/results/tiny_model/peer.csv
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
@@ -15,14 +16,15 @@ PROBED := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null)
 VERSION := $(firstword $(subst -, ,$(PROBED)))
 VENV := .venv/made-$(firstword $(PROBED))
 
-.PHONY: help run test lint golden test-gpu clean
+.PHONY: help run test lint golden peer test-gpu clean
 help:
 	@echo "make run       decode with the model that ships, speculatively and plainly"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
 	@echo "make golden    compute tests/golden anew with Hugging Face's code (installs torch)"
+	@echo "make peer      time transformers and ds4jax on this CPU (installs torch)"
 	@echo "make test-gpu  run the GPU's tests (installs CUDA)"
-	@echo "make clean     remove .venv"
+	@echo "make clean     remove .venv and .venv-peer"
 
 run: .venv/run
 	@$(BIN)/ds4jax $(RUN)
@@ -38,11 +40,14 @@ lint: .venv/test
 golden: .venv/golden
 	@$(BIN)/python tests/golden/make_golden.py
 
+peer: .venv-peer/ready
+	@JAX_PLATFORMS=cpu .venv-peer/bin/python benchmarks/peer.py --out=$(PEER_OUT)
+
 test-gpu: .venv/cuda
 	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peer
 
 $(VENV): pyproject.toml
 	$(if $(VERSION),,$(error $(PYTHON) is not a working Python 3; select one with PYTHON=python3.12))
@@ -59,4 +64,12 @@ $(VENV): pyproject.toml
 .venv/run .venv/test .venv/golden .venv/cuda: $(VENV)
 	@echo "Installing ds4jax$(extras) and what it needs: a few minutes the first time"
 	@$(PIP) install --editable '.$(extras)'
+	@touch $@
+
+# Apart from .venv: torch is large, and what is timed should not change with the tests.
+.venv-peer/ready: pyproject.toml $(VENV)
+	@echo "Installing ds4jax[golden], torch among it: many minutes the first time"
+	@$(PYTHON) -m venv --clear .venv-peer
+	@.venv-peer/bin/python -m pip --disable-pip-version-check -qq install \
+	  --editable '.[golden]'
 	@touch $@

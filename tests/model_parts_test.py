@@ -285,6 +285,25 @@ def test_an_experts_row_does_not_depend_on_its_neighbours(experts):
         same(alone[shift], expected[shift])
 
 
+@pytest.mark.parametrize("experts", [6, 40])
+def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
+    """Row by row, the same bits for any number of rows; a copy gets its row's."""
+    config = models.micro_config(experts=experts)
+    moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    run = jax.jit(lambda x, distinct: moe(x, tokens, distinct)[0][0])
+    expected = run(x, jnp.int32(8))
+    close(expected, moe(x, tokens)[0][0])
+    for distinct in range(1, 9):
+        beyond = jnp.arange(8)[:, None] >= distinct
+        spoilt = run(jnp.where(beyond, 100 * x, x), jnp.int32(distinct))
+        same(spoilt[:distinct], expected[:distinct])
+        copied = run(jnp.where(beyond, x[:, distinct - 1], x), jnp.int32(distinct))
+        same(
+            copied[distinct:], jnp.repeat(expected[distinct - 1][None], 8 - distinct, 0)
+        )
+
+
 def compressed64(weights, x, ratio: int, width: int, config: ModelConfig):
     """Return the rows of a text `x [T, D]`: a loop over windows and candidates."""
     w = plain(weights)

@@ -17,7 +17,7 @@ from typing import Any
 from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.errors import ConfigError, FileError
 
-_INTEGERS = {
+INTEGERS = {
     "vocab": "vocab_size",
     "hidden": "hidden_size",
     "layers": "num_hidden_layers",
@@ -39,7 +39,8 @@ _INTEGERS = {
     "sinkhorn_iters": "hc_sinkhorn_iters",
     "hash_layers": "num_hash_layers",
 }
-_NUMBERS = {
+"""Fields of `ModelConfig` and their keys in the official layout."""
+NUMBERS = {
     "routed_scale": "routed_scaling_factor",
     "hc_eps": "hc_eps",
     "rms_eps": "rms_norm_eps",
@@ -47,6 +48,7 @@ _NUMBERS = {
     "rope_theta": "rope_theta",
     "compress_rope_theta": "compress_rope_theta",
 }
+"""As `INTEGERS`, of the numbers."""
 # What the model computes whatever the file says: a file that says otherwise is refused.
 _FIXED = {
     "model_type": "deepseek_v4",
@@ -142,8 +144,8 @@ def _read(keys: _Keys) -> ModelConfig:
     if yarn.content.get(kind) != "yarn":
         raise yarn.refuse(kind, "'yarn', the only one supported")
     fields = {
-        **{name: keys.integer(key) for name, key in _INTEGERS.items()},
-        **{name: keys.number(key) for name, key in _NUMBERS.items()},
+        **{name: keys.integer(key) for name, key in INTEGERS.items()},
+        **{name: keys.number(key) for name, key in NUMBERS.items()},
         "compress_ratios": tuple(ratios[:layers]),
         "yarn_factor": yarn.number("factor"),
         "yarn_original_context": yarn.integer("original_max_position_embeddings"),

@@ -120,6 +120,16 @@ class Rows:
         return self.positions.shape[1]
 
     @property
+    def distinct(self) -> Int[Array, ""] | None:
+        """Return how many rows of a decode pass, the first ones, are not copies.
+
+        A value, not a shape: the code of a pass must not depend on it.
+        """
+        if not self.is_decode:
+            return None
+        return jnp.max(self.positions - self.start[:, None]) + 1
+
+    @property
     def end(self) -> Int[Array, "B"]:
         """Return the position after the last real row of each sequence."""
         return self.start + self.count

@@ -45,13 +45,17 @@ class MoE(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
+        self,
+        x: Float[Array, "B T D"],
+        tokens: Int[Array, "B T"],
+        distinct: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "B T U"]]:
         """Return the block's output and the experts each row chose.
 
         Args:
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
+          distinct: of a decode pass (B = 1), `Rows.distinct`.
         """
         limit = self.config.swiglu_limit
         chosen, share = self.route(x, tokens)
@@ -61,7 +65,17 @@ class MoE(nnx.Module):
         # products is to learn which rows are an expert's, so these must be few.
         few = chosen.size < self.config.experts or is_watched()
         routed = self._chosen if few else self._all
-        out = routed(flat, *(a.reshape(len(flat), -1) for a in (chosen, share)))
+        rows = flat, *(a.reshape(len(flat), -1) for a in (chosen, share))
+        if distinct is None or is_watched():
+            out = routed(*rows)
+        else:
+            # Not on a GPU, where each turn of a loop waits for the host.
+            out = jax.lax.platform_dependent(
+                *rows,
+                distinct,
+                cpu=self._one_by_one,
+                default=lambda *args: routed(*args[:-1]),
+            )
         shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
         return out.reshape(x.shape) + self.shared_down(shared), chosen
 
@@ -88,6 +102,20 @@ class MoE(nnx.Module):
             product(x, self.gate), product(x, self.up), c.swiglu_limit
         )
         return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
+
+    def _one_by_one(self, x, chosen, share, distinct):
+        """Compute a row at a time, and none that is a copy: a CPU has to multiply."""
+
+        def add_row(index, total):
+            row = (
+                jax.lax.dynamic_slice_in_dim(a, index, 1) for a in (x, chosen, share)
+            )
+            return jax.lax.dynamic_update_slice_in_dim(
+                total, self._chosen(*row), index, 0
+            )
+
+        total = jax.lax.fori_loop(0, distinct, add_row, jnp.zeros_like(x))
+        return total[jnp.minimum(jnp.arange(len(x)), distinct - 1)]
 
     def _all(self, x, chosen, share):
         """Compute every expert, a group of them at a time, and weigh by choice."""

@@ -80,7 +80,7 @@ class Layer(nnx.Module):
         y, cache, selected = self.attention(self.attn_norm(x), cache, rows)
         streams = self.hc_attn.merge(streams, y, post, mix)
         x, post, mix = self.hc_ffn(streams)
-        y, experts = self.moe(self.ffn_norm(x), tokens)
+        y, experts = self.moe(self.ffn_norm(x), tokens, rows.distinct)
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
 
 
