@@ -23,7 +23,7 @@ from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
 from ds4jax.decode.transitions import commit, draft, first_token, verify
 from ds4jax.experiments.arms import ONE_ROW, Arm, Settings
 from ds4jax.experiments.runs_csv import Run
-from ds4jax.model.cache import DECODE_ROWS, Cache
+from ds4jax.model.cache import Cache
 from ds4jax.model.deepseek import Model
 from ds4jax.model.mtp import Pairing
 
@@ -179,13 +179,9 @@ class Bench:
             jax.block_until_ready(passes(self.model, state, times, *static))
             return 1e3 * (time.perf_counter() - before) / repeats
 
-        exact = functools.partial(ms, _target_passes, carry.cache, DECODE_ROWS, True)
-        batched = functools.partial(
-            ms, _target_passes, carry.cache, 1 + arm.depth, False
-        )
-        target = exact() if arm.verifier == "exact" else batched()
+        target = ms(_target_passes, carry.cache, 1 + arm.depth, arm.verifier == "exact")
         if arm.mode == "chained":
-            target += exact()
+            target += ms(_target_passes, carry.cache, 1, True)
         pairing: Any = arm.pairing
         draft_ms = ms(_drafts, carry, arm.depth, pairing) if arm.depth else 0.0
         return target, draft_ms
