@@ -65,11 +65,11 @@ def anchor_of_another_row(genuine, carry, out, block, count, decoding):
     return genuine(carry, out, block, count, decoding)
 
 
-def draft_of_the_token_before(genuine, model, carry, first, depth, temperature):
+def draft_of_the_token_before(genuine, model, carry, first, *how):
     """Pair the anchor with its own token, not with the one that follows."""
     at = carry.length[:, None] - 1
     own = jnp.take_along_axis(carry.tokens, at, axis=1)[:, 0]
-    return genuine(model, carry, own, depth, temperature)
+    return genuine(model, carry, own, *how)
 
 
 def draft_accepted_one_off(genuine, block, predicted):
