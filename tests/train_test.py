@@ -294,8 +294,9 @@ def test_the_command_trains_exports_and_goes_on(folder):
     assert status == 0, err
     assert out.count("bits per byte") == 3
     again = json.loads((folder / "x.json").read_text())
+    # In batches of 8 windows rather than 2, which sums in another order.
     for name in ("code", "prose"):  # there is one prompt to copy now, not 8
-        assert again[name]["trunk"] == found[name]["trunk"]
+        assert again[name]["trunk"] == pytest.approx(found[name]["trunk"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
