@@ -67,7 +67,7 @@ def test_a_budget_is_spent_exactly(model, prompt, plain, budget):
 
 
 def test_right_drafts_halve_the_passes(model, prompt, plain, monkeypatch):
-    def oracle(model, carry, first, depth, temperature):
+    def oracle(model, carry, first, depth, *how):
         at = (0, carry.length[0] + 1)
         guesses = jax.lax.dynamic_slice(plain.tokens, at, (1, depth))
         return carry, guesses, jnp.zeros(1)

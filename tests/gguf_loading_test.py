@@ -17,7 +17,8 @@ from ds4jax.gguf.loading import find_flaw
 # Every kind of layer; rows of 256 so that K-quants fit.
 MODEL = ModelConfig.tiny(
     vocab=32, layers=4, heads=4, compress_ratios=(0, 4, 128, 4), hash_layers=1,
-    q_lora=256, o_lora=128, o_groups=2, experts=4, experts_used=2, index_heads=2,
+    q_lora=256, o_lora=128, o_groups=2, experts=4, experts_used=2, expert_ffn=256,
+    index_heads=2,
 )  # fmt: skip
 
 Q2 = {"experts": "IQ2_XXS", "down": "Q2_K", "dense": "Q8_0", "plain": "F16"}
