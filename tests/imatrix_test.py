@@ -77,8 +77,8 @@ def seen():
             note(f"{next(projections)}attn_output_a.weight", x)
             return grouped(x, *args)
 
-        def see_mixture(self, x, tokens):
-            out, chosen = mixture(self, x, tokens)
+        def see_mixture(self, x, *rest):
+            out, chosen = mixture(self, x, *rest)
             note(next(mixtures), x[0], chosen[0])
             return out, chosen
 
