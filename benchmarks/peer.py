@@ -27,17 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from absl import app, flags
 
 from ds4jax import assets, gguf
-from ds4jax.decode import driver, transitions
+from ds4jax.decode import driver
 from ds4jax.decode.carry import DecodeCarry
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
 from ds4jax.experiments import environment
+from ds4jax.experiments.arm_runs import decode_one_row
 from ds4jax.files import replacing
 from ds4jax.hf import exporting
 from ds4jax.model.deepseek import Model, build
@@ -90,22 +90,6 @@ class Transformers:
         return seconds, torch.cat(chosen)[:, 0].tolist(), torch.cat(seen).numpy()
 
 
-@functools.partial(jax.jit, donate_argnames="carry")
-def one_row(model: Model, carry: DecodeCarry) -> DecodeCarry:
-    """Decode plainly to the end of the budget by passes of one row.
-
-    They are outside the row contract, like a batched verification.
-    """
-
-    def step(carry):
-        block = transitions.first_token(carry)[:, None]
-        out = transitions.verify(model, carry, block, "batched")
-        one = jnp.ones_like(carry.length)
-        return transitions.commit(carry, out, block, one, jnp.int32(-1), GREEDY)[0]
-
-    return jax.lax.while_loop(lambda carry: jnp.any(carry.active), step, carry)
-
-
 def timed(
     run: Callable[[Model, DecodeCarry], DecodeCarry],
     model: Model,
@@ -129,7 +113,7 @@ def arms(model: Model, peer: Transformers, prompt: list[int]) -> dict[str, Arm]:
     return {
         PEER: lambda: peer.decode(prompt, _TOKENS.value)[:2],
         "plain": ours(functools.partial(driver.run, decoding=GREEDY), GREEDY),
-        "one row": ours(one_row, GREEDY),
+        "one row": ours(functools.partial(decode_one_row, decoding=GREEDY), GREEDY),
         "continuous 1": ours(
             functools.partial(driver.run, decoding=CONTINUOUS), CONTINUOUS
         ),

@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from ds4jax import assets, gguf
+from ds4jax import assets
 from ds4jax.errors import ConfigError
 from ds4jax.experiments import environment, model_flags, runs_csv
 from ds4jax.experiments.ablation_report import render
@@ -34,7 +34,6 @@ from ds4jax.experiments.arms import Arm, Settings, arms
 from ds4jax.experiments.figures import draw
 from ds4jax.experiments.runs_csv import Key, Run
 from ds4jax.files import check_place, make_folder, replacing
-from ds4jax.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
 _CONFIG = config_flags.DEFINE_config_file(
@@ -156,10 +155,9 @@ def measure(
 
 def _prompts(settings: Settings) -> dict[Passage, list[int]]:
     """Return the ids of every passage; see `Settings.seeds`."""
-    metadata = gguf.read(model_flags.trunk_path()).metadata
-    if "tokenizer.ggml.tokens" not in metadata:
+    tokenizer = model_flags.load_tokenizer()
+    if tokenizer is None:
         raise ConfigError("--gguf: expected a trunk with a vocabulary, found none")
-    tokenizer = Tokenizer.from_metadata(metadata)
     found = {}
     for text in settings.texts:
         whole = [tokenizer.bos, *tokenizer.encode(assets.prompt(text).read_text())]

@@ -32,8 +32,11 @@ Passage = tuple[str, int]
 
 
 @functools.partial(jax.jit, static_argnames="decoding", donate_argnames="carry")
-def _decode_one_row(model: Model, carry: DecodeCarry, decoding: Decoding):
-    """Decode plainly by passes of one row."""
+def decode_one_row(model: Model, carry: DecodeCarry, decoding: Decoding):
+    """Decode plainly to the end of the budget by passes of one row.
+
+    They are outside the row contract, like a batched verification.
+    """
 
     def step(carry):
         block = first_token(carry, decoding.temperature)[:, None]
@@ -163,7 +166,7 @@ class Bench:
     def _decode(self, arm: Arm, carry: DecodeCarry) -> DecodeCarry:
         decoding = arm.decoding(self.settings.temperature)
         if arm == ONE_ROW:
-            return _decode_one_row(self.model, carry, decoding)
+            return decode_one_row(self.model, carry, decoding)
         return driver.run(self.model, carry, decoding)
 
     def _cycle_ms(

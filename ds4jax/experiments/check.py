@@ -26,14 +26,13 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from ds4jax import assets, gguf
+from ds4jax import assets
 from ds4jax.decode import identity, oracles, vectors
 from ds4jax.decode.carry import MAX_DEPTH
 from ds4jax.decode.identity import Check, Row
 from ds4jax.errors import ConfigError, FileError, TokenError
 from ds4jax.experiments import environment, model_flags, token_flags
 from ds4jax.files import check_place, replacing
-from ds4jax.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(token_flags)
@@ -135,12 +134,11 @@ def _check(
     given: dict[str, str | list[int]], cases: Sequence[vectors.Case]
 ) -> list[Row]:
     """Return the rows of the table, with a bar of progress on terminals."""
-    metadata = gguf.read(model_flags.trunk_path()).metadata
+    tokenizer = model_flags.load_tokenizer()
     model = model_flags.load()
-    tokenizer = None
-    if "tokenizer.ggml.tokens" in metadata:
-        tokenizer = Tokenizer.from_metadata(metadata)
-    elif cases or not all(isinstance(prompt, list) for prompt in given.values()):
+    if tokenizer is None and (
+        cases or not all(isinstance(prompt, list) for prompt in given.values())
+    ):
         raise FileError(
             f"{model_flags.trunk_path()}: has no vocabulary to read text with; give ids"
             " with --tokens"
