@@ -10,7 +10,7 @@ from gguf import GGUFValueType as Value
 from ds4jax import quant, quantize, schema
 from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.errors import ConfigError, FileError
-from ds4jax.gguf import load_mtp, load_trunk, read, write, write_model
+from ds4jax.gguf import load_mtp, load_trunk, read, write, write_model, writing
 
 MODEL = ModelConfig.tiny(
     vocab=32, hidden=64, layers=3, heads=2, compress_ratios=(0, 4, 128), hash_layers=1,
@@ -125,6 +125,26 @@ def test_importance_is_of_a_matrix_or_of_each(tmp_path, ggml_type, shape):
         np.testing.assert_array_equal(raw, expected)
     put()
     assert (read(path).tensors["t"].data != found).any()
+
+
+@pytest.mark.parametrize("shape", [(512,), (5, 512)])
+@pytest.mark.parametrize("ggml_type", ["F16", "Q8_0", "Q2_K"])
+def test_a_stack_is_encoded_in_parts(tmp_path, monkeypatch, ggml_type, shape):
+    """Two matrices at a time, and the last one alone, give the bytes of all at once."""
+    path, importance = tmp_path / "x.gguf", {"t": np.abs(sample(*shape))}
+    tensors = {"t": (sample(5, 2, 512), ggml_type), "u": (sample(3), "F32")}
+    write(path, {}, tensors, importance=importance)
+    whole, encoded, encode = path.read_bytes(), [], writing._encode
+
+    def watched(what, values, *rest):
+        encoded.append(len(values))
+        return encode(what, values, *rest)
+
+    monkeypatch.setattr(writing, "_encode", watched)
+    monkeypatch.setattr(writing, "_PART", 2048)
+    write(path, {}, tensors, importance=importance)
+    assert encoded == [2, 2, 1, 3]
+    assert path.read_bytes() == whole
 
 
 def test_arrays_on_a_device_are_written(tmp_path):

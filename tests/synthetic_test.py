@@ -1,13 +1,8 @@
 """Synthetic weights: their layout, size and bits, in a file and on the device."""
 
-import ctypes
-import functools
-import gc
 import math
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
 import commands
 import jax
@@ -234,69 +229,3 @@ def test_mistakes_are_told_and_leave_no_file(synth, tmp_path, flags, said):
     status, _, err = synth(shape="tiny", **flags)
     assert status == 2 and said in err
     assert list(tmp_path.iterdir()) == []
-
-
-SLACK = 8e6
-"""What an allocator keeps; the tensors are so large that it keeps none of them."""
-
-
-def anonymous() -> int:
-    """Return the bytes of this process's memory that no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    line = next(line for line in lines if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
-
-
-def peak_growth(function) -> tuple[int, object]:
-    """Return how far anonymous memory grew while `function` ran, and its result."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier work left would hide growth
-    before, peak, done = anonymous(), [0], threading.Event()
-
-    def watch():
-        while not done.wait(0.0005):
-            peak[0] = max(peak[0], anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = function()
-    finally:
-        done.set()
-        watcher.join()
-    return peak[0] - before, result
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-def test_loading_holds_one_tensor_beside_the_device_weights(tmp_path):
-    """On the CPU the device's memory is anonymous too.
-
-    Seen red with the whole file packed before any of it is placed, as below.
-    """
-    config = ModelConfig.tiny(
-        vocab=256, hidden=1024, layers=1, compress_ratios=(0,), experts=64,
-        expert_ffn=1024, hash_layers=1,
-    )  # fmt: skip
-    plan, path = PLANS["ds4-q4"], tmp_path / "t.gguf"
-    weights = synthetic.weights(config, plan)
-    on_device = sum(w.nbytes for w in weights.values())
-    largest = max(w.nbytes for w in weights.values())
-    specs = schema.trunk(config)
-    layout = {n: (spec.shape, plan.types[spec.group]) for n, spec in specs.items()}
-    stored = lambda name: synthetic.stored(weights[name])  # noqa: E731
-    gguf.write_stored(path, gguf.metadata(config), layout, stored)
-    del weights
-    assert 3 * largest < on_device
-
-    def load(place):
-        _, found = gguf.load_trunk(path, place)
-        return deepseek.build(config, found, packed=True)
-
-    place = functools.partial(deepseek.place, packed=True)
-    load(place)  # what only the first time costs
-    growth, model = peak_growth(lambda: load(place))
-    assert growth < on_device + largest + SLACK
-    del model
-    growth, _ = peak_growth(lambda: load(None))
-    print(growth)
-    assert growth > on_device + largest + SLACK

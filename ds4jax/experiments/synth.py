@@ -92,11 +92,11 @@ def _write(path: Path, label: str, config: ModelConfig, plan: QuantPlan, mtp: bo
     metadata = {} if mtp else gguf.metadata(config)
     with tqdm(desc=label, unit="B", unit_scale=True, disable=None) as bar:
 
-        def content(name: str) -> np.ndarray:
+        def content(name: str) -> list[np.ndarray]:
             weight = synthetic.tensor(
                 config, name, specs[name], layout[name][1], _SEED.value
             )
             bar.update(weight.nbytes)
-            return synthetic.stored(weight)
+            return [synthetic.stored(weight)]
 
         gguf.write_stored(path, metadata, layout, content)

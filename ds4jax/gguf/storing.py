@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import gguf
 import numpy as np
@@ -22,20 +23,33 @@ from ds4jax.gguf.container import VALUE_DTYPES
 _VALUE_TYPES = {dtype: kind for kind, dtype in VALUE_DTYPES.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class _InParts:
+    """Stands where gguf-py writes an array, and never is in memory whole."""
+
+    nbytes: int
+    parts: Iterable[np.ndarray]
+
+    def tofile(self, file: BinaryIO):
+        for part in self.parts:
+            part.tofile(file)
+
+
 def write_stored(
     path: str | os.PathLike[str],
     metadata: Mapping[str, Any],
     layout: Mapping[str, tuple[tuple[int, ...], str]],
-    content: Callable[[str], np.ndarray],
+    content: Callable[[str], Iterable[np.ndarray]],
     alignment: int = 32,
 ):
-    """Write a file beside `path` and move it there, holding one tensor at a time.
+    """Write a file beside `path` and move it there, holding a part of it at a time.
 
     Args:
       path: file to write or replace.
       metadata: as of `gguf.write`.
       layout: shape and ggml type of every tensor, in file order.
-      content: makes the bytes of the tensor of a name, when it is written.
+      content: makes the bytes of the tensor of a name, in parts that follow each other
+        in the file, when they are written.
       alignment: as of `gguf.write`.
 
     Raises:
@@ -54,18 +68,20 @@ def write_stored(
         for key, value in metadata.items():
             if key not in ("general.architecture", "general.alignment"):
                 writer.add_key_value(key, *_typed(f"{path}: metadata key {key}", value))
+        sizes = {}
         for name, (shape, ggml_type) in layout.items():
             kind = GGMLQuantizationType[ggml_type]
             block, block_bytes = GGML_QUANT_SIZES[kind]
-            size = math.prod(shape) // block * block_bytes
+            sizes[name] = math.prod(shape) // block * block_bytes
             writer.add_tensor_info(
-                name, shape, np.dtype(np.float32), size, raw_dtype=kind
+                name, shape, np.dtype(np.float32), sizes[name], raw_dtype=kind
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name in layout:
-            writer.write_tensor_data(content(name))
+        for name, size in sizes.items():
+            tensor = _InParts(size, content(name))
+            writer.write_tensor_data(cast(np.ndarray, tensor))
 
 
 def _typed(what: str, value: Any) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gguf
@@ -23,6 +23,9 @@ from ds4jax.gguf.storing import write_stored
 
 WRITABLE_TYPES = ("F32", "F16", "BF16", "I32", *quantize.FORMATS, "MXFP4")
 """The ggml types that `write` encodes."""
+
+_PART = 2**26
+"""Weights of a stack that are encoded at once, in whole matrices."""
 
 _LARGEST_SCALE = float(np.finfo(np.float16).max)
 _LARGEST = {"Q8_0": 127, "Q2_K": 15 * 3, "Q4_K": 63 * 15, "IQ2_XXS": 43 * 15.5 / 4}
@@ -80,7 +83,8 @@ def write(
 ):
     """Write a GGUF v3 file beside `path` and move it there.
 
-    Equal arguments give equal bytes.  Tensors are encoded one at a time.
+    Equal arguments give equal bytes.  Tensors are encoded one at a time and stacks of
+    matrices in parts, so beside one tensor's values only a part's bytes are in memory.
 
     Args:
       path: file to write or replace.
@@ -103,15 +107,20 @@ def write(
     for tensor_name, (values, ggml_type) in tensors.items():
         _check_type(f"{path}: tensor {tensor_name}", np.shape(values), ggml_type)
 
-    def encode(tensor_name: str) -> np.ndarray:
+    def encode(tensor_name: str) -> Iterator[np.ndarray]:
+        what = f"{path}: tensor {tensor_name}"
         values, ggml_type = tensors[tensor_name]
-        return _encode(
-            f"{path}: tensor {tensor_name}",
-            np.asarray(values),
-            ggml_type,
-            (importance or {}).get(tensor_name),
-            progress or (lambda _: None),
-        )
+        values = np.asarray(values)
+        weights = (importance or {}).get(tensor_name)
+        if weights is not None:
+            weights = _importance(what, values.shape, weights)
+        step = len(values)
+        if values.ndim > 2:
+            step = max(1, _PART // values[0].size)
+        for start in range(0, len(values), step):
+            part = slice(start, start + step)
+            each = weights if weights is None or weights.ndim == 1 else weights[part]
+            yield _encode(what, values[part], ggml_type, each, progress)
 
     keys = ({} if name is None else {"general.name": name}) | dict(metadata)
     layout = {n: (np.shape(values), kind) for n, (values, kind) in tensors.items()}
@@ -136,14 +145,28 @@ def _check_type(what: str, shape: tuple[int, ...], ggml_type: str):
         )
 
 
+def _importance(
+    what: str, shape: tuple[int, ...], importance: np.ndarray
+) -> np.ndarray:
+    """Return the importance of the columns, [K] or of each matrix of a stack [E, K]."""
+    width = shape[-1]
+    if importance.shape not in ((width,), (*shape[:-2], width)):
+        raise ConfigError(
+            f"{what}: importance: expected it of each column of weights"
+            f" {shape}, found {importance.shape}"
+        )
+    return importance
+
+
 def _encode(
     what: str,
     values: np.ndarray,
     ggml_type: str,
     importance: np.ndarray | None,
-    progress: quantize.Progress,
+    progress: quantize.Progress | None,
 ) -> np.ndarray:
     """Return `values` as they lie in the file."""
+    progress = progress or (lambda _: None)
     floating = jnp.issubdtype(values.dtype, jnp.floating)
     if ggml_type == "I32":
         limits = np.iinfo(np.int32)
@@ -187,15 +210,6 @@ def _quantize(
     progress: quantize.Progress,
 ) -> np.ndarray:
     """Encode the last axis in blocks; each matrix of a stack has its importance."""
-    width = values.shape[-1]
-    if importance is not None and importance.shape not in (
-        (width,),
-        (*values.shape[:-2], width),
-    ):
-        raise ConfigError(
-            f"{what}: importance: expected it of each column of weights"
-            f" {values.shape}, found {importance.shape}"
-        )
     rows = values.reshape(-1, values.shape[-1])
     try:
         raw = quantize.quantize(rows, ggml_type, importance, progress=progress)
