@@ -16,11 +16,12 @@ PROBED := $(shell $(PYTHON) -c '$(PROBE)' 2>/dev/null)
 VERSION := $(firstword $(subst -, ,$(PROBED)))
 VENV := .venv/made-$(firstword $(PROBED))
 
-.PHONY: help run test lint golden peer test-gpu clean
+.PHONY: help run test lint figures golden peer test-gpu clean
 help:
 	@echo "make run       decode with the model that ships, speculatively and plainly"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
+	@echo "make figures   draw README's table and figures from the runs in benchmarks/results"
 	@echo "make golden    compute tests/golden anew with Hugging Face's code (installs torch)"
 	@echo "make peer      time transformers and ds4jax on this CPU (installs torch)"
 	@echo "make test-gpu  run the GPU's tests (installs CUDA)"
@@ -36,6 +37,9 @@ lint: .venv/test
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
+
+figures: .venv/plot
+	@$(BIN)/python benchmarks/figures.py
 
 golden: .venv/golden
 	@$(BIN)/python tests/golden/make_golden.py
@@ -59,9 +63,10 @@ $(VENV): pyproject.toml
 
 .venv/run: extras =
 .venv/test: extras = [test]
+.venv/plot: extras = [plot]
 .venv/golden: extras = [test,golden]
 .venv/cuda: extras = [test,cuda]
-.venv/run .venv/test .venv/golden .venv/cuda: $(VENV)
+.venv/run .venv/test .venv/plot .venv/golden .venv/cuda: $(VENV)
 	@echo "Installing ds4jax$(extras) and what it needs: a few minutes the first time"
 	@$(PIP) install --editable '.$(extras)'
 	@touch $@

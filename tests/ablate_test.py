@@ -86,18 +86,27 @@ def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
     assert len({row["sha256"] for row in rows if row["arm"] != ARMS[1]}) == 1
     assert {row["worst_gap"] for row in rows if row["arm"] != ARMS[1]} == {"0.0"}
 
-    # Done, it only writes the report and the figures anew, and without a model's work.
+    # Done, it only writes the report and the figures anew, without a model's work, and
+    # whatever commit measured; short of a row, it wants that commit's.
+    commit, other = rows[0]["commit"], "f" * len(rows[0]["commit"])
+    table.write_text(table.read_text().replace(commit, other))
     done, report = table.read_bytes(), (tmp_path / "out/report.md").read_text()
     (tmp_path / "out/report.md").unlink()
     status, _, err = ablate(*words, "--out=out")
     assert status == 0, err
     assert table.read_bytes() == done
-    assert (tmp_path / "out/report.md").read_text() == report
+    found = (tmp_path / "out/report.md").read_text()
+    assert found == report.replace(commit, other)
+    table.write_bytes(done[: done.rfind(b"\n", 0, -1) + 1])
+    status, out, err = ablate(*words, "--out=out")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"holds runs of another commit, {other}" in err
+    table.write_bytes(done)
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"runs.csv", "report.md", *FIGURES}
     for arm in ARMS:
         assert f"| {arm} | " in report
-    # And refuses another config, in one line, touching nothing.
+    # It refuses another config, in one line, touching nothing.
     status, out, err = ablate(*words, "--out=out", "--config.tokens=13")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "out/runs.csv: holds runs of another config," in err
