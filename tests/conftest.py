@@ -18,6 +18,7 @@ def pytest_configure(config: pytest.Config):
     directory = config.rootpath / ".pytest_cache" / "d" / "jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,6 +19,7 @@ from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.decode.precedence import Ds4Flags, resolve
 from ds4jax.model.mtp import MTPHead
 
+pytestmark = pytest.mark.optimised
 PROMPTS = (37, 5, 70)
 TOKENS = 96
 MODES = [

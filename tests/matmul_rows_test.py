@@ -21,6 +21,7 @@ from ds4jax.pallas.matmul import (
     quant_matmul,
 )
 
+pytestmark = pytest.mark.optimised
 OUT = 24
 WIDTHS = (1, 2, 3, 4)
 

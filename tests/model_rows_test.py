@@ -18,9 +18,10 @@ from models import assert_same, assert_same_state, fresh, lively, mtp, text, tru
 from ds4jax.config import ModelConfig
 from ds4jax.model.cache import DECODE_ROWS
 
+pytestmark = pytest.mark.optimised
 CONFIGS = {
     "micro": models.micro_config(),
-    "tiny": ModelConfig.tiny(sinkhorn_iters=3, vocab=512),
+    "tiny": ModelConfig.tiny(sinkhorn_iters=3, vocab=512, expert_ffn=128),
     "micro with ds4's rounding": models.micro_config(
         head_dim=80, index_dim=32, kv_rounding="ds4"
     ),

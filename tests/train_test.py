@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import gguf
+from ds4jax import gguf, synthetic
 from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, FileError
 from ds4jax.model.mtp import pair
@@ -124,7 +124,8 @@ settings = here.dataclasses.replace(here.SETTINGS, steps=2)
 assert here.run.mesh(settings).size == 2
 here.train(pathlib.Path("shared"), here.make_batches(tokenizer), settings)
 """
-    flags = "--xla_force_host_platform_device_count=2"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += " --xla_force_host_platform_device_count=2"
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"XLA_FLAGS": flags},
         capture_output=True, text=True, cwd=tmp_path, timeout=500,
@@ -270,7 +271,7 @@ def command(folder, name, *words):
 def test_the_command_trains_exports_and_goes_on(folder):
     words = [
         "train", "--out=run", "--export=files", "--batch=2", f"--vocab={VOCAB}",
-        "--steps=2", "--rows=64",
+        "--steps=2", "--rows=64", "--layers=1",
     ]  # fmt: skip
     status, out, err = command(folder, *words, "--max_minutes=1e-9")
     assert status == 0, err
@@ -283,7 +284,7 @@ def test_the_command_trains_exports_and_goes_on(folder):
     assert found["prose"]["decoded"]["committed"] == 8 * 112
     assert (folder / "run/loss.png").stat().st_size > 1000
     config, trunk = gguf.load_trunk(folder / "files/trunk.gguf")
-    assert config == ModelConfig.tiny(vocab=VOCAB)
+    assert config == synthetic.shorten(ModelConfig.tiny(vocab=VOCAB), 1)
     assert gguf.load_mtp(folder / "files/mtp.gguf", config)
     metadata = gguf.read(folder / "files/trunk.gguf").metadata
     assert Tokenizer.from_metadata(metadata).vocab_size == VOCAB
@@ -318,6 +319,7 @@ def test_settings_out_of_range_are_named(changes, expected):
     [
         (["train", "--out=run", "--max_minutes=0"], "max_minutes: expected above 0"),
         (["train", "--out=/dev/null/x"], "--out=/dev/null/x: "),
+        (["train", "--out=run", "--layers=7"], "layers: expected 1..6, found 7"),
         (["evaluate", "--report=no/x.json"], "no/x.json: cannot be written"),
     ],
 )

@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from absl import flags
 
-from ds4jax import gguf
+from ds4jax import gguf, synthetic
 from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.errors import ConfigError
 from ds4jax.files import make_folder, replacing
@@ -38,6 +38,9 @@ _EXPORT = flags.DEFINE_string(
     "export", None, "Folder to write trunk.gguf and mtp.gguf (f32) to, in the end."
 )
 _VOCAB = flags.DEFINE_integer("vocab", 4096, "Tokens of the vocabulary.")
+_LAYERS = flags.DEFINE_integer(
+    "layers", ModelConfig.tiny().layers, "Leading layers of the tiny model to train."
+)
 _STEPS = flags.DEFINE_integer("steps", 10_000, "Steps of the whole run.")
 _BATCH = flags.DEFINE_integer("batch", 32, "Sequences of a step.")
 _ROWS = flags.DEFINE_integer("rows", 1024, "Tokens of a sequence.")
@@ -81,12 +84,13 @@ def main(argv: Sequence[str]):
         copy_share=_COPY_SHARE.value,
         seed=_SEED.value,
     )
+    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    tiny = ModelConfig.tiny(vocab=_VOCAB.value, dtype=_DTYPE.value or dtype)
+    config = synthetic.shorten(tiny, _LAYERS.value)
     documents = corpus.read_corpus(_CORPUS.value)
     folder = make_folder("out", _OUT.value)
     export = make_folder("export", _EXPORT.value) if _EXPORT.value else None
     tokenizer, tokens, digest = prepare(folder, documents, _VOCAB.value)
-    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    config = ModelConfig.tiny(vocab=_VOCAB.value, dtype=_DTYPE.value or dtype)
     batches = data.Batches(
         tokenizer,
         tokens,
