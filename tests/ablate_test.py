@@ -184,7 +184,8 @@ def test_the_configs_that_ship_are_good():
 
     folder = Path(__file__).parent.parent / "configs"
     names = sorted(folder.glob("ablation_*.py"))
-    assert [path.stem for path in names] == ["ablation_depth", "ablation_smoke"]
+    known = ["ablation_depth", "ablation_gate", "ablation_smoke"]
+    assert [path.stem for path in names] == known
     for path in names:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec and spec.loader

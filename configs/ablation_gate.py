@@ -1,0 +1,27 @@
+"""What the gate costs where drafts pay, and what it saves where they do not.
+
+ds4's pairing of the head stands for drafts that are seldom accepted.  The rounds are
+many because the question is one of 2 %.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict(
+        {
+            "modes": ("continuous",),
+            "depths": (0, 1),
+            "verifiers": ("exact",),
+            "pairings": ("trained", "ds4"),
+            "fills": (True,),
+            "gates": (False, True),
+            "cross": True,
+            "texts": ("copy", "technical", "prose"),
+            "seeds": (0,),
+            "temperature": 0.0,
+            "tokens": 128,
+            "rounds": 20,
+            "repeats": 2,
+        }
+    )
