@@ -44,7 +44,7 @@ lint: .venv/test
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 
-figures: .venv/plot
+figures: .venv/run
 	@$(BIN)/python benchmarks/figures.py
 
 golden: .venv/golden
@@ -67,12 +67,11 @@ $(VENV): pyproject.toml
 	@$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-.venv/run: extras =
+.venv/run: extras = [plot]
 .venv/test: extras = [test]
-.venv/plot: extras = [plot]
 .venv/golden: extras = [test,golden]
 .venv/cuda: extras = [test,cuda]
-.venv/run .venv/test .venv/plot .venv/golden .venv/cuda: $(VENV)
+.venv/run .venv/test .venv/golden .venv/cuda: $(VENV)
 	@echo "Installing ds4jax$(extras) and what it needs: a few minutes the first time"
 	@$(PIP) install --editable '.$(extras)'
 	@touch $@

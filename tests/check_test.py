@@ -27,7 +27,6 @@ from ds4jax.errors import CapacityError
 from ds4jax.model import deepseek
 from ds4jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.optimised
 TOKENS = 129
 PLAIN = Way("plain", GREEDY.mode, "G")
 CONTINUOUS = Way("continuous", Mode("continuous", 1), "G")
