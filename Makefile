@@ -30,13 +30,9 @@ help:
 run: .venv/run
 	@$(BIN)/ds4jax $(RUN)
 
-# Compiling takes most of the time of the tests, so what is not about the bits of programs
-# as users compile them is compiled without optimisation.
-QUICKLY = --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
-
+# In two parts, which conftest.py compiles differently.
 test: .venv/test
-	@XLA_FLAGS="$(QUICKLY) $$XLA_FLAGS" $(BIN)/python -m pytest \
-	  -n $(WORKERS) --dist=worksteal -m "not optimised"
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m "not optimised"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist=worksteal -m optimised
 
 lint: .venv/test
