@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
@@ -189,7 +189,10 @@ def train_step(
 def mesh(settings: Settings) -> jax.sharding.Mesh:
     """Return as many devices as the batch can be shared evenly among."""
     count = math.gcd(settings.batch, jax.device_count())
-    return jax.make_mesh((count,), (_BATCH,), devices=jax.devices()[:count])
+    # Not explicit: the model that comes of it would carry the mesh into every pass.
+    return jax.make_mesh(
+        (count,), (_BATCH,), (AxisType.Auto,), devices=jax.devices()[:count]
+    )
 
 
 def _windows(
