@@ -75,8 +75,8 @@ def joined(steps):
     ]
 
 
-WIDTHS = [("micro", width) for width in (2, 3, 4, 5, 8)]  # 1 + MAX_DEPTH, and all
-WIDTHS += [("tiny", width) for width in (2, 8)]
+WIDTHS = [("micro", width) for width in range(2, 9)]
+WIDTHS += [("tiny", width) for width in (2, 3, 4, 8)]
 WIDTHS += [("micro with ds4's rounding", width) for width in (2, 8)]
 
 
