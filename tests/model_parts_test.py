@@ -23,6 +23,7 @@ from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import clamped_swiglu, rms, scope
 from ds4jax.model.moe import MoE
 from ds4jax.model.rope import frequencies, rotate
+from ds4jax.pallas.matmul import row_by_row
 
 ATOL = 1e-5
 """Float32 against float64 over sums of at most 256 terms of size 1."""
@@ -291,17 +292,20 @@ def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
     config = models.micro_config(experts=experts)
     moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
     tokens = jnp.zeros((1, 8), jnp.int32)
-    run = jax.jit(lambda x, distinct: moe(x, tokens, distinct)[0][0])
+
+    @jax.jit
+    def run(x, own):
+        with row_by_row(own):
+            return moe(x, tokens)[0][0]
+
     expected = run(x, jnp.int32(8))
     close(expected, moe(x, tokens)[0][0])
-    for distinct in range(1, 9):
-        beyond = jnp.arange(8)[:, None] >= distinct
-        spoilt = run(jnp.where(beyond, 100 * x, x), jnp.int32(distinct))
-        same(spoilt[:distinct], expected[:distinct])
-        copied = run(jnp.where(beyond, x[:, distinct - 1], x), jnp.int32(distinct))
-        same(
-            copied[distinct:], jnp.repeat(expected[distinct - 1][None], 8 - distinct, 0)
-        )
+    for own in range(1, 9):
+        beyond = jnp.arange(8)[:, None] >= own
+        spoilt = run(jnp.where(beyond, 100 * x, x), jnp.int32(own))
+        same(spoilt[:own], expected[:own])
+        copied = run(jnp.where(beyond, x[:, own - 1], x), jnp.int32(own))
+        same(copied[own:], jnp.repeat(expected[own - 1][None], 8 - own, 0))
 
 
 def compressed64(weights, x, ratio: int, width: int, config: ModelConfig):

@@ -25,7 +25,7 @@ from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
-from ds4jax.pallas.matmul import einsum, grouped_matmul
+from ds4jax.pallas.matmul import by_rows, einsum, grouped_matmul
 from ds4jax.quant import dequantize
 
 
@@ -44,6 +44,19 @@ def attend(
       sinks: a learned logit per head that takes probability and gives no value.
       dtype: operand type of the two products.
     """
+    gathered = [rows for rows, _ in sources if rows.ndim == 4]
+    masks = [visible for _, visible in sources]
+
+    def rows_of(query, *parts):
+        own, seen = iter(parts[len(masks) :]), parts[: len(masks)]
+        each = [rows if rows.ndim == 3 else next(own) for rows, _ in sources]
+        return _attend(query, list(zip(each, seen, strict=True)), sinks, dtype)
+
+    return by_rows(rows_of, query, *masks, *gathered)
+
+
+def _attend(query, sources, sinks, dtype):
+    """Attend with the rows given, all at once."""
     own = ["bsk" if rows.ndim == 3 else "btsk" for rows, _ in sources]
     logits = [
         jnp.where(

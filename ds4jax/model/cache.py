@@ -120,14 +120,12 @@ class Rows:
         return self.positions.shape[1]
 
     @property
-    def distinct(self) -> Int[Array, ""] | None:
-        """Return how many rows of a decode pass, the first ones, are not copies.
+    def own(self) -> Int[Array, ""] | None:
+        """Return how many rows of a decode pass have to be computed, the first ones.
 
         A value, not a shape: the code of a pass must not depend on it.
         """
-        if not self.is_decode:
-            return None
-        return jnp.max(self.positions - self.start[:, None]) + 1
+        return jnp.maximum(jnp.max(self.count), 1) if self.is_decode else None
 
     @property
     def end(self) -> Int[Array, "B"]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
 from ds4jax.pallas.matmul import (
+    by_rows,
     every_expert_matmul,
     expert_matmul,
     experts_in_groups,
@@ -48,36 +49,27 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
-        distinct: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "B T U"]]:
         """Return the block's output and the experts each row chose.
 
         Args:
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
-          distinct: of a decode pass (B = 1), `Rows.distinct`.
         """
         limit = self.config.swiglu_limit
         chosen, share = self.route(x, tokens)
-        flat = x.reshape(-1, x.shape[-1])
+        out = by_rows(self._routed, x, chosen, share)
+        shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
+        return out + self.shared_down(shared), chosen
+
+    def _routed(self, x, chosen, share):
+        """Sum each row's chosen experts, whichever way takes less."""
         # Few rows read only their own experts, one copy for each choice; once that
         # is as many as there are, computing them all costs less.  Who watches the
         # products is to learn which rows are an expert's, so these must be few.
         few = chosen.size < self.config.experts or is_watched()
-        routed = self._chosen if few else self._all
-        rows = flat, *(a.reshape(len(flat), -1) for a in (chosen, share))
-        if distinct is None or is_watched():
-            out = routed(*rows)
-        else:
-            # Not on a GPU, where each turn of a loop waits for the host.
-            out = jax.lax.platform_dependent(
-                *rows,
-                distinct,
-                cpu=self._one_by_one,
-                default=lambda *args: routed(*args[:-1]),
-            )
-        shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
-        return out.reshape(x.shape) + self.shared_down(shared), chosen
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
+        return (self._chosen if few else self._all)(*rows).reshape(x.shape)
 
     def route(
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
@@ -102,20 +94,6 @@ class MoE(nnx.Module):
             product(x, self.gate), product(x, self.up), c.swiglu_limit
         )
         return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
-
-    def _one_by_one(self, x, chosen, share, distinct):
-        """Compute a row at a time, and none that is a copy: a CPU has to multiply."""
-
-        def add_row(index, total):
-            row = (
-                jax.lax.dynamic_slice_in_dim(a, index, 1) for a in (x, chosen, share)
-            )
-            return jax.lax.dynamic_update_slice_in_dim(
-                total, self._chosen(*row), index, 0
-            )
-
-        total = jax.lax.fori_loop(0, distinct, add_row, jnp.zeros_like(x))
-        return total[jnp.minimum(jnp.arange(len(x)), distinct - 1)]
 
     def _all(self, x, chosen, share):
         """Compute every expert, a group of them at a time, and weigh by choice."""

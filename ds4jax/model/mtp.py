@@ -25,6 +25,7 @@ from ds4jax.model.trunk import (
     seal,
     under_contract,
 )
+from ds4jax.pallas.matmul import row_by_row
 
 Pairing = Literal["trained", "ds4"]
 
@@ -98,11 +99,12 @@ class MTPHead(nnx.Module):
             run = lambda *args: self(trunk, *args)  # noqa: E731
             return each_alone(run, tokens, streams, cache, count)
         (tokens, streams), rows = fill_up((tokens, streams), cache, count)
-        embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
-        streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
         state = cache and cache.layers[0]
-        streams, state, experts, _ = self.layer(streams, tokens, state, rows)
-        logits = trunk.output(self.norm(self.head(streams)))
+        with row_by_row(rows.own):
+            embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
+            streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
+            streams, state, experts, _ = self.layer(streams, tokens, state, rows)
+            logits = trunk.output(self.norm(self.head(streams)))
         cache = None if state is None else Cache((state,), rows.end)
         results, cache = seal(((logits, streams, experts), cache), rows)
         logits, streams, experts = jax.tree.map(lambda x: x[:, :width], results)

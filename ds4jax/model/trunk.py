@@ -19,6 +19,7 @@ from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
 from ds4jax.model.hyper import HyperConnection, HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.moe import MoE
+from ds4jax.pallas.matmul import row_by_row
 from ds4jax.quant import dequantize
 
 
@@ -80,7 +81,7 @@ class Layer(nnx.Module):
         y, cache, selected = self.attention(self.attn_norm(x), cache, rows)
         streams = self.hc_attn.merge(streams, y, post, mix)
         x, post, mix = self.hc_ffn(streams)
-        y, experts = self.moe(self.ffn_norm(x), tokens, rows.distinct)
+        y, experts = self.moe(self.ffn_norm(x), tokens)
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
 
 
@@ -178,6 +179,14 @@ class Trunk(nnx.Module):
         if batch > 1 and under_contract(width, cache, exact):
             return each_alone(self, tokens, cache, count)
         tokens, rows = fill_up(tokens, cache, count, exact)
+        with row_by_row(rows.own):
+            out = self._run(tokens, cache, rows)
+        logits, cache, trace = seal(out, rows)
+        logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))
+        return TrunkOutput(logits, trace.streams[-1], cache, trace)
+
+    def _run(self, tokens, cache, rows):
+        """Return the logits, the state after and the trace of a pass's rows."""
         streams = jnp.repeat(
             self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2
         )
@@ -194,6 +203,4 @@ class Trunk(nnx.Module):
         logits = self.output(self.norm(self.head(streams)))
         if cache is not None:
             cache = Cache(tuple(states), rows.end)
-        logits, cache, trace = seal((logits, cache, trace), rows)
-        logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))
-        return TrunkOutput(logits, trace.streams[-1], cache, trace)
+        return logits, cache, trace

@@ -58,6 +58,51 @@ def _tell(x: Array, w: Weight, expert_ids: Array | None = None):
         report(x, w, expert_ids)
 
 
+_own_rows: contextvars.ContextVar[Int[Array, ""] | None] = contextvars.ContextVar(
+    "own_rows", default=None
+)
+
+
+@contextlib.contextmanager
+def row_by_row(own: Int[Array, ""] | None) -> Iterator[None]:
+    """Let a CPU multiply the rows of a decode pass one at a time, and no copies.
+
+    A CPU has to compute each row, and the first brings the weight into its cache for
+    the next.  A row's product is that of one row alone whatever `own` is.
+
+    Args:
+      own: `Rows.own` of the pass that is traced in the block, whose operands are
+        [1, T, ...]; the results of later rows are copies of the last of these.  None
+        for a pass of another kind.
+    """
+    token = _own_rows.set(own)
+    try:
+        yield
+    finally:
+        _own_rows.reset(token)
+
+
+def by_rows(product: Callable[..., Array], *rows: Array) -> Array:
+    """Return `product(*rows)`, [1, T, ...], as `row_by_row` says."""
+    own = _own_rows.get()
+    if own is None or is_watched():
+        return product(*rows)
+    shape = jax.eval_shape(product, *rows)
+
+    def one_by_one(own, *rows):
+        def add_row(index, total):
+            row = (jax.lax.dynamic_slice_in_dim(a, index, 1, 1) for a in rows)
+            return jax.lax.dynamic_update_slice_in_dim(total, product(*row), index, 1)
+
+        total = jax.lax.fori_loop(0, own, add_row, jnp.zeros(shape.shape, shape.dtype))
+        return total[:, jnp.minimum(jnp.arange(shape.shape[1]), own - 1)]
+
+    # Not on a GPU, where each turn of a loop waits for the host.
+    return jax.lax.platform_dependent(
+        own, *rows, cpu=one_by_one, default=lambda own, *rows: product(*rows)
+    )
+
+
 def _precision(dtype: str) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == "float32" else None
 
@@ -102,7 +147,8 @@ def quant_matmul(
 ) -> Float[Array, "*rows Out"]:
     """Return `x @ w.T` in float32, for `w [Out, In]`."""
     _tell(x, w)
-    return einsum("...i,oi->...o", x, dequantize(w), dtype)
+    values = dequantize(w)
+    return by_rows(lambda x: einsum("...i,oi->...o", x, values, dtype), x)
 
 
 def grouped_matmul(
@@ -115,8 +161,8 @@ def grouped_matmul(
     """
     _tell(x, w)
     groups, width = x.shape[-2:]
-    w = dequantize(w).reshape(groups, -1, width)
-    return einsum("...gi,goi->...go", x, w, dtype)
+    values = dequantize(w).reshape(groups, -1, width)
+    return by_rows(lambda x: einsum("...gi,goi->...go", x, values, dtype), x)
 
 
 def expert_matmul(
