@@ -24,6 +24,7 @@ from types import ModuleType
 from absl import flags
 
 import ds4jax
+from ds4jax import xla_flags
 from ds4jax.errors import Ds4Error
 
 COMMANDS = {
@@ -81,6 +82,7 @@ def _run(argv: list[str]) -> int:
     speaker = "ds4jax"
     try:
         name = _command(argv[0])
+        xla_flags.set_flags()
         speaker = f"ds4jax {name}"
         module = _module(name)
         if "--help" in argv or "-h" in argv:

@@ -41,13 +41,14 @@ class QuantTensor:
     Indexing every plane indexes the tensor, so `jax.tree.map(lambda p: p[ids], q)`
     gathers experts, also under `jit`.  The shape is therefore read off the planes.
 
-    Planes of a `[..., n]` tensor, all in ggml's order within a block:
+    Planes of a `[..., n]` tensor, in ggml's order within a block unless said.  What the
+    kernels multiply comes in words, the first value in the lowest bits:
 
     | format  | planes |
     |---------|--------|
-    | Q8_0    | quants i8 [..., n], d f16 [..., n/32] |
-    | Q2_K    | quants u8 [..., n/4], scales u8 [..., n/16] (low nibble: scale, high: minimum), d and dmin f16 [..., n/256] |
-    | Q4_K    | quants u8 [..., n/2], scales and mins u8 [..., n/32], d and dmin f16 [..., n/256] |
+    | Q8_0    | quants u32 [..., n/4], d f16 [..., n/32] |
+    | Q2_K    | quants u32 [..., n/16], scales u32 [..., n/64] (low nibble of a byte: scale, high: minimum; a word has those of the four values in each byte of four words of quants), d and dmin f16 [..., n/256] |
+    | Q4_K    | quants u32 [..., n/8], scales and mins u8 [..., n/32], d and dmin f16 [..., n/256] |
     | Q6_K    | low u8 [..., n/2], high u8 [..., n/4], scales i8 [..., n/16], d f16 [..., n/256] |
     | IQ2_XXS | grid u32 [..., n/32] (4 grid rows of 8 bits), signs u32 [..., n/32] (4 sign patterns of 7 bits, 4-bit scale on top), d f16 [..., n/256] |
     | MXFP4   | quants u8 [..., n/2], exponents u8 [..., n/32] |
@@ -148,6 +149,12 @@ def _field(blocks: np.ndarray, start: int, stop: int, dtype: Any) -> np.ndarray:
     return blocks[..., start:stop].copy().view(dtype)
 
 
+def _bytes(words: Array, dtype: Any = jnp.uint8) -> Array:
+    """Return the bytes of `[..., n]` words, `[..., 4 n]`, the lowest first."""
+    split = jax.lax.bitcast_convert_type(words, dtype)
+    return split.reshape(*words.shape[:-1], -1)
+
+
 def _f32(scale: Array, *trailing: int) -> Array:
     """Return one float32 per block, with unit axes to broadcast over the block."""
     return scale.astype(jnp.float32).reshape(*scale.shape, *trailing)
@@ -166,7 +173,7 @@ def _bits(packed: Array, group: int, width: int) -> Array:
 
 def _split_q8_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
     return {
-        "quants": _field(blocks, 2, 34, np.int8),
+        "quants": _field(blocks, 2, 34, "<u4"),
         "d": _field(blocks, 0, 2, "<f2"),
     }
 
@@ -176,14 +183,15 @@ def _merge_q8_0(quants: np.ndarray, d: np.ndarray) -> Fields:
 
 
 def _join_q8_0(quants: Array, d: Array) -> Array:
-    values = quants.reshape(*d.shape, 32).astype(jnp.float32)
+    values = _bytes(quants, jnp.int8).reshape(*d.shape, 32).astype(jnp.float32)
     return values * _f32(d, 1)
 
 
 def _split_q2_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    scales = _field(blocks, 0, 16, np.uint8)
     return {
-        "quants": _field(blocks, 16, 80, np.uint8),
-        "scales": _field(blocks, 0, 16, np.uint8),
+        "quants": _field(blocks, 16, 80, "<u4"),
+        "scales": np.ascontiguousarray(_swap_q2_k(scales, 4, 2)).view("<u4"),
         "d": _field(blocks, 80, 82, "<f2"),
         "dmin": _field(blocks, 82, 84, "<f2"),
     }
@@ -192,12 +200,22 @@ def _split_q2_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
 def _merge_q2_k(
     quants: np.ndarray, scales: np.ndarray, d: np.ndarray, dmin: np.ndarray
 ) -> Fields:
-    return scales, quants, d, dmin
+    return _swap_q2_k(scales.view(np.uint8), 2, 4), quants, d, dmin
+
+
+def _swap_q2_k(scales: Any, rows: int, columns: int) -> Any:
+    """Transpose each 8 of the 16 scales of blocks, seen as [rows, columns].
+
+    In a file bits 2 s of 16 bytes of quants have scale [s, half]; here [half, s], for
+    the kernel takes the 16 bytes at once.
+    """
+    eights = scales.reshape(*scales.shape[:-1], -1, rows, columns)
+    return eights.swapaxes(-1, -2).reshape(scales.shape)
 
 
 def _join_q2_k(quants: Array, scales: Array, d: Array, dmin: Array) -> Array:
-    values = _bits(quants, 32, 2).reshape(*d.shape, 16, 16).astype(jnp.float32)
-    scales = scales.reshape(*d.shape, 16, 1)
+    values = _bits(_bytes(quants), 32, 2).reshape(*d.shape, 16, 16).astype(jnp.float32)
+    scales = _swap_q2_k(_bytes(scales), 2, 4).reshape(*d.shape, 16, 1)
     return _f32(d, 1, 1) * (scales & 15) * values - _f32(dmin, 1, 1) * (scales >> 4)
 
 
@@ -208,7 +226,7 @@ def _split_q4_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     scales = (first & 63, (high & 15) | (first >> 2 & 48))
     mins = (second & 63, (high >> 4) | (second >> 2 & 48))
     return {
-        "quants": _field(blocks, 16, 144, np.uint8),
+        "quants": _field(blocks, 16, 144, "<u4"),
         "scales": np.concatenate(scales, axis=-1),
         "mins": np.concatenate(mins, axis=-1),
         "d": _field(blocks, 0, 2, "<f2"),
@@ -234,7 +252,7 @@ def _merge_q4_k(
 def _join_q4_k(
     quants: Array, scales: Array, mins: Array, d: Array, dmin: Array
 ) -> Array:
-    values = _bits(quants, 32, 4).reshape(*d.shape, 8, 32).astype(jnp.float32)
+    values = _bits(_bytes(quants), 32, 4).reshape(*d.shape, 8, 32).astype(jnp.float32)
     scales = scales.reshape(*d.shape, 8, 1)
     mins = mins.reshape(*d.shape, 8, 1)
     return _f32(d, 1, 1) * scales * values - _f32(dmin, 1, 1) * mins
@@ -337,9 +355,9 @@ class _Format:
 
 
 _FORMATS = {
-    "Q8_0": _Format(32, 34, ("quants", 1), _split_q8_0, _merge_q8_0, _join_q8_0),
-    "Q2_K": _Format(256, 84, ("quants", 4), _split_q2_k, _merge_q2_k, _join_q2_k),
-    "Q4_K": _Format(256, 144, ("quants", 2), _split_q4_k, _merge_q4_k, _join_q4_k),
+    "Q8_0": _Format(32, 34, ("quants", 4), _split_q8_0, _merge_q8_0, _join_q8_0),
+    "Q2_K": _Format(256, 84, ("quants", 16), _split_q2_k, _merge_q2_k, _join_q2_k),
+    "Q4_K": _Format(256, 144, ("quants", 8), _split_q4_k, _merge_q4_k, _join_q4_k),
     "Q6_K": _Format(256, 210, ("low", 2), _split_q6_k, _merge_q6_k, _join_q6_k),
     "IQ2_XXS": _Format(
         256, 66, ("grid", 32), _split_iq2_xxs, _merge_iq2_xxs, _join_iq2_xxs

@@ -118,7 +118,14 @@ def tensor(
             f"{name}: {type} needs a last axis that is a multiple of {block}, found"
             f" shape {spec.shape}"
         )
-    return _blocks(key, _levels(type, rms), spec.shape, type)
+    return blocks(key, type, spec.shape, rms)
+
+
+def blocks(
+    key: Array, format: str, shape: tuple[int, ...], rms: float | None = None
+) -> QuantTensor:
+    """Return random blocks whose values have `rms`, 1 / sqrt(in) if not given."""
+    return _blocks(key, _levels(format, rms or shape[-1] ** -0.5), shape, format)
 
 
 def stored(weight: QuantTensor | Array) -> np.ndarray:

@@ -5,8 +5,11 @@ import os
 
 import pytest
 
+from ds4jax import xla_flags
+
 # Before anything imports jax.  `make test-gpu` sets it to cuda,cpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+xla_flags.set_flags()
 
 QUICK = ["--xla_backend_optimization_level=0"]
 """For XLA to compile in half the time, by optimising less."""

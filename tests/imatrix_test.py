@@ -26,7 +26,7 @@ from ds4jax.model.importance import collect
 from ds4jax.model.layers import Linear
 from ds4jax.model.moe import MoE
 from ds4jax.model.mtp import pair
-from ds4jax.pallas.matmul import watching
+from ds4jax.pallas.passes import watching
 
 CONFIG = models.micro_config()
 TEXTS = models.text(CONFIG, 17, batch=2)

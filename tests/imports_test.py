@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("ds4jax",),
-    ("config", "errors", "files", "iq2_grid"),
+    ("config", "errors", "files", "iq2_grid", "xla_flags"),
     ("schema", "quant", "quantize", "assets", "synthetic"),
     ("gguf", "hf", "tokenizer", "pallas", "imatrix"),
     ("model",),

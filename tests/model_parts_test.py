@@ -20,10 +20,10 @@ from ds4jax.model.cache import Rows, blank_invisible
 from ds4jax.model.compressor import Compressor
 from ds4jax.model.hyper import HyperConnection, HyperHead, sinkhorn
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import clamped_swiglu, rms, scope
+from ds4jax.model.layers import RMSNorm, clamped_swiglu, rms, scope
 from ds4jax.model.moe import MoE
 from ds4jax.model.rope import frequencies, rotate
-from ds4jax.pallas.matmul import row_by_row
+from ds4jax.pallas.passes import DecodePass, within
 
 ATOL = 1e-5
 """Float32 against float64 over sums of at most 256 terms of size 1."""
@@ -163,7 +163,9 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 def test_maps_of_a_hyper_connection():
     weights = part(HYPER, "blk.1.hc_attn_")
     streams = 3 * normal(5, 1, 3, 4, 64)
-    x, post, mix = HyperConnection(HYPER, weights)(streams)
+    gain = normal(6, 64)
+    norm = RMSNorm(gain, HYPER.rms_eps)
+    x, post, mix = HyperConnection(HYPER, weights)(streams, norm)
     weights = plain(weights)
     flat = np.asarray(streams, np.float64)
     maps = norm64(flat.reshape(1, 3, -1), HYPER.rms_eps) @ weights["fn.weight"].T
@@ -171,7 +173,8 @@ def test_maps_of_a_hyper_connection():
         maps * np.repeat(weights["scale.weight"], [4, 4, 16]) + weights["base.weight"]
     )
     pre = sigmoid(maps[..., :4]) + HYPER.hc_eps
-    close(x, np.einsum("btm,btmd->btd", pre, flat))
+    read = norm64(np.einsum("btm,btmd->btd", pre, flat), HYPER.rms_eps)
+    close(x, read * np.asarray(gain, np.float64))
     close(post, 2 * sigmoid(maps[..., 4:8]))
     logits = jnp.asarray(maps[..., 8:].reshape(1, 3, 4, 4), jnp.float32)
     close(mix, sinkhorn(logits, HYPER.sinkhorn_iters, HYPER.hc_eps))
@@ -295,7 +298,7 @@ def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
 
     @jax.jit
     def run(x, own):
-        with row_by_row(own):
+        with within(DecodePass(8, own)):
             return moe(x, tokens)[0][0]
 
     expected = run(x, jnp.int32(8))

@@ -33,7 +33,7 @@ from ds4jax.decode.transitions import drop_anchor
 from ds4jax.errors import CapacityError, ConfigError, FileError
 from ds4jax.files import replacing
 from ds4jax.model.deepseek import Model
-from ds4jax.pallas.matmul import Weight
+from ds4jax.pallas.passes import Weight
 from ds4jax.quant import QuantTensor
 
 VERSION = 1

@@ -48,7 +48,7 @@ def decode_one_row(model: Model, carry: DecodeCarry, decoding: Decoding):
 
 
 @functools.partial(jax.jit, static_argnames=("width", "exact"))
-def _target_passes(
+def target_passes(
     model: Model, cache: Cache, repeats: Int[Array, ""], width: int, exact: bool
 ):
     """Run target passes of `width` different tokens, each fed by the one before."""
@@ -65,7 +65,7 @@ def _target_passes(
 
 
 @functools.partial(jax.jit, static_argnames=("depth", "pairing"))
-def _drafts(
+def drafts(
     model: Model, carry: DecodeCarry, repeats: Int[Array, ""], depth: int,
     pairing: Pairing,
 ):  # fmt: skip
@@ -182,11 +182,11 @@ class Bench:
             jax.block_until_ready(passes(self.model, state, times, *static))
             return 1e3 * (time.perf_counter() - before) / repeats
 
-        target = ms(_target_passes, carry.cache, 1 + arm.depth, arm.verifier == "exact")
+        target = ms(target_passes, carry.cache, 1 + arm.depth, arm.verifier == "exact")
         if arm.mode == "chained":
-            target += ms(_target_passes, carry.cache, 1, True)
+            target += ms(target_passes, carry.cache, 1, True)
         pairing: Any = arm.pairing
-        draft_ms = ms(_drafts, carry, arm.depth, pairing) if arm.depth else 0.0
+        draft_ms = ms(drafts, carry, arm.depth, pairing) if arm.depth else 0.0
         return target, draft_ms
 
     def _judge(

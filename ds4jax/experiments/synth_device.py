@@ -10,7 +10,7 @@ import jax
 
 from ds4jax import synthetic
 from ds4jax.config import ModelConfig, QuantPlan
-from ds4jax.pallas.matmul import Weight
+from ds4jax.pallas.passes import Weight
 
 
 @dataclasses.dataclass(frozen=True)

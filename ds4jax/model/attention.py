@@ -25,7 +25,9 @@ from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
-from ds4jax.pallas.matmul import by_rows, einsum, grouped_matmul
+from ds4jax.pallas import attention as pallas
+from ds4jax.pallas.matmul import einsum, grouped_matmul
+from ds4jax.pallas.passes import by_rows
 from ds4jax.quant import dequantize
 
 
@@ -47,12 +49,21 @@ def attend(
     gathered = [rows for rows, _ in sources if rows.ndim == 4]
     masks = [visible for _, visible in sources]
 
-    def rows_of(query, *parts):
+    def with_rows(query, *parts):
         own, seen = iter(parts[len(masks) :]), parts[: len(masks)]
         each = [rows if rows.ndim == 3 else next(own) for rows, _ in sources]
-        return _attend(query, list(zip(each, seen, strict=True)), sinks, dtype)
+        return query, list(zip(each, seen, strict=True))
 
-    return by_rows(rows_of, query, *masks, *gathered)
+    def together(*parts):
+        return _attend(*with_rows(*parts), sinks, dtype)
+
+    def kernel(width, *parts):
+        query, sources = jax.tree.map(lambda a: a[0], with_rows(*parts))
+        return pallas.attend(query, sources, sinks, dtype, width)[None]
+
+    first = jax.tree.map(lambda a: a[0], (query, sources))
+    served = len(query) == 1 and pallas.serves(*first)
+    return by_rows(together, query, *masks, *gathered, cuda=kernel if served else None)
 
 
 def _attend(query, sources, sinks, dtype):

@@ -120,14 +120,6 @@ class Rows:
         return self.positions.shape[1]
 
     @property
-    def own(self) -> Int[Array, ""] | None:
-        """Return how many rows of a decode pass have to be computed, the first ones.
-
-        A value, not a shape: the code of a pass must not depend on it.
-        """
-        return jnp.maximum(jnp.max(self.count), 1) if self.is_decode else None
-
-    @property
     def end(self) -> Int[Array, "B"]:
         """Return the position after the last real row of each sequence."""
         return self.start + self.count

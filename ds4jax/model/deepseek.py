@@ -15,7 +15,7 @@ from ds4jax.config import ModelConfig, QuantPlan, mtp_plan
 from ds4jax.model.layers import Weights
 from ds4jax.model.mtp import MTPHead
 from ds4jax.model.trunk import Trunk
-from ds4jax.pallas.matmul import Weight
+from ds4jax.pallas.passes import Weight
 from ds4jax.quant import QuantTensor, dequantize
 
 

@@ -6,13 +6,17 @@ float32, whatever the operand type of the other products.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
-from ds4jax.model.layers import Linear, Weights, rms
+from ds4jax.model.layers import Linear, RMSNorm, Weights, rms
+from ds4jax.pallas import hyper_connection
+from ds4jax.pallas.passes import by_kernel
 from ds4jax.quant import dequantize
 
 
@@ -49,9 +53,23 @@ class HyperConnection(nnx.Module):
         self.config = config
 
     def __call__(
-        self, streams: Float[Array, "B T M D"]
+        self, streams: Float[Array, "B T M D"], norm: RMSNorm
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"], Float[Array, "B T M M"]]:
-        """Return the block's input, and the weights `post` and `mix` of `merge`."""
+        """Return the block's normed input, and the weights `post` and `mix` of `merge`.
+
+        Args:
+          streams: the residual streams.
+          norm: the block's own.
+        """
+        weights = (
+            w.get_value() for w in (self.fn.weight, self.base, self.scale, norm.weight)
+        )
+        kernel = functools.partial(_read_by_kernel, *weights, self.config)
+        served = hyper_connection.serves(streams)
+        read = functools.partial(self._read, norm=norm)
+        return by_kernel(read, streams, cuda=kernel if served else None)
+
+    def _read(self, streams, norm):
         c, m = self.config, self.config.hc_streams
         base, scale = self.base.get_value(), self.scale.get_value()
         maps = self.fn(_flatten(streams, c.rms_eps))
@@ -60,7 +78,7 @@ class HyperConnection(nnx.Module):
         logits = maps[..., 2 * m :] * scale[2] + base[2 * m :]
         logits = logits.reshape(*logits.shape[:-1], m, m)
         mix = sinkhorn(logits, c.sinkhorn_iters, c.hc_eps)
-        return jnp.sum(pre[..., None] * streams, axis=-2), post, mix
+        return norm(jnp.sum(pre[..., None] * streams, axis=-2)), post, mix
 
     @staticmethod
     def merge(
@@ -72,6 +90,11 @@ class HyperConnection(nnx.Module):
         """Return `post_k output + sum_j mix[j, k] streams_j`: first index summed."""
         carried = jnp.sum(mix[..., None] * streams[..., :, None, :], axis=-3)
         return post[..., None] * output[..., None, :] + carried
+
+
+def _read_by_kernel(fn, base, scale, norm, config, width, streams):
+    results = hyper_connection.read(streams[0], fn, base, scale, norm, config, width)
+    return tuple(result[None] for result in results)
 
 
 class HyperHead(nnx.Module):

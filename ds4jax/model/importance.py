@@ -14,7 +14,7 @@ from ds4jax.imatrix import Sums
 from ds4jax.model import cache
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.model.deepseek import Model
-from ds4jax.pallas.matmul import Report, Weight, watching
+from ds4jax.pallas.passes import Report, Weight, watching
 
 
 def collect(

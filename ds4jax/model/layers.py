@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.matmul import Weight, quant_matmul
+from ds4jax.pallas.matmul import quant_matmul
+from ds4jax.pallas.passes import Weight
 from ds4jax.quant import dequantize
 
 Weights = Mapping[str, Weight]

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
 from ds4jax.pallas.matmul import (
-    by_rows,
+    Implementation,
     every_expert_matmul,
     expert_matmul,
     experts_in_groups,
-    is_watched,
+    has_expert_kernel,
 )
+from ds4jax.pallas.passes import by_rows, is_watched
 from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
@@ -58,7 +59,9 @@ class MoE(nnx.Module):
         """
         limit = self.config.swiglu_limit
         chosen, share = self.route(x, tokens)
-        out = by_rows(self._routed, x, chosen, share)
+        stacks = (w.get_value() for w in (self.gate, self.up, self.down))
+        kernel = self._by_kernel if all(map(has_expert_kernel, stacks)) else None
+        out = by_rows(self._routed, x, chosen, share, cuda=kernel)
         shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
         return out + self.shared_down(shared), chosen
 
@@ -70,6 +73,11 @@ class MoE(nnx.Module):
         few = chosen.size < self.config.experts or is_watched()
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
         return (self._chosen if few else self._all)(*rows).reshape(x.shape)
+
+    def _by_kernel(self, width, x, chosen, share):
+        """Sum each row's chosen experts, multiplied where they lie."""
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
+        return self._chosen(*rows, width=width).reshape(x.shape)
 
     def route(
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
@@ -85,14 +93,17 @@ class MoE(nnx.Module):
         total = jnp.sum(picked, axis=-1, keepdims=True)
         return chosen, picked / jnp.maximum(total, _SMALLEST_TOTAL) * c.routed_scale
 
-    def _chosen(self, x, chosen, share):
-        """Sum the chosen experts in slot order, reading no other."""
+    def _chosen(self, x, chosen, share, width: int | None = None):
+        """Sum the chosen experts in slot order and no other (by kernel: `width`)."""
         c = self.config
-        x = jnp.broadcast_to(x[:, None], (*chosen.shape, x.shape[-1]))
-        product = lambda x, w: expert_matmul(x, w.get_value(), chosen, c.dtype)  # noqa: E731
-        hidden = clamped_swiglu(
-            product(x, self.gate), product(x, self.up), c.swiglu_limit
-        )
+        implementation: Implementation = "pallas" if width else "xla"
+
+        def product(x, w):
+            w = w.get_value()
+            return expert_matmul(x, w, chosen, c.dtype, implementation, width)
+
+        gate, up = product(x[:, None], self.gate), product(x[:, None], self.up)
+        hidden = clamped_swiglu(gate, up, c.swiglu_limit)
         return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
 
     def _all(self, x, chosen, share):

@@ -20,12 +20,13 @@ from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.trunk import (
     Layer,
     Trunk,
+    decode_pass,
     each_alone,
     fill_up,
     seal,
     under_contract,
 )
-from ds4jax.pallas.matmul import row_by_row
+from ds4jax.pallas.passes import within
 
 Pairing = Literal["trained", "ds4"]
 
@@ -100,7 +101,7 @@ class MTPHead(nnx.Module):
             return each_alone(run, tokens, streams, cache, count)
         (tokens, streams), rows = fill_up((tokens, streams), cache, count)
         state = cache and cache.layers[0]
-        with row_by_row(rows.own):
+        with within(decode_pass(width, rows)):
             embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
             streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
             streams, state, experts, _ = self.layer(streams, tokens, state, rows)

@@ -19,7 +19,7 @@ from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
 from ds4jax.model.hyper import HyperConnection, HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas.matmul import row_by_row
+from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.quant import dequantize
 
 
@@ -77,11 +77,11 @@ class Layer(nnx.Module):
         rows: Rows,
     ):
         """Return (streams, cache, chosen experts, the indexer's choice or None)."""
-        x, post, mix = self.hc_attn(streams)
-        y, cache, selected = self.attention(self.attn_norm(x), cache, rows)
+        x, post, mix = self.hc_attn(streams, self.attn_norm)
+        y, cache, selected = self.attention(x, cache, rows)
         streams = self.hc_attn.merge(streams, y, post, mix)
-        x, post, mix = self.hc_ffn(streams)
-        y, experts = self.moe(self.ffn_norm(x), tokens)
+        x, post, mix = self.hc_ffn(streams, self.ffn_norm)
+        y, experts = self.moe(x, tokens)
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
 
 
@@ -118,6 +118,12 @@ def fill_up(
         args = jax.tree.map(lambda x: x[:, offset], args)
     rows = Rows(start, count, start[:, None] + offset, is_decode)
     return seal((args, rows), rows)
+
+
+def decode_pass(width: int, rows: Rows) -> DecodePass | None:
+    """Return what products may know of a pass of `width` rows before it was filled."""
+    own = jnp.maximum(jnp.max(rows.count), 1)
+    return DecodePass(width, own) if rows.is_decode else None
 
 
 def seal(results: PyTree, rows: Rows) -> PyTree:
@@ -179,7 +185,7 @@ class Trunk(nnx.Module):
         if batch > 1 and under_contract(width, cache, exact):
             return each_alone(self, tokens, cache, count)
         tokens, rows = fill_up(tokens, cache, count, exact)
-        with row_by_row(rows.own):
+        with within(decode_pass(width, rows)):
             out = self._run(tokens, cache, rows)
         logits, cache, trace = seal(out, rows)
         logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))

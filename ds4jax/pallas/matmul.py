@@ -2,105 +2,29 @@
 
 Every op takes weights as `[out, in]` (ggml's own order), multiplies operands of type
 `dtype` and accumulates in float32.  The implementation here is XLA's: dequantise, then
-dot.  It serves every device, and is the reference for any kernel.
+dot.  It serves every device, and is the reference for the kernels, which serve the
+decode passes of NVIDIA GPUs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ds4jax.pallas import experts, f16, q8_0
+from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
 
-Weight = QuantTensor | Array | np.ndarray
+Implementation = Literal["xla", "pallas"]
 
 _EXPERTS_AT_ONCE = 16
 """Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
-
-Report = Callable[[Array, Weight, Array | None], None]
-"""Told of a product: x [..., In], the weight, and the expert ids of `expert_matmul`."""
-
-_report: contextvars.ContextVar[Report | None] = contextvars.ContextVar(
-    "report", default=None
-)
-
-
-@contextlib.contextmanager
-def watching(report: Report) -> Iterator[None]:
-    """Call `report` with the operands of every product that is traced in the block.
-
-    Products are reported as their code is traced: a function that jit knows already
-    reports nothing, and what it was compiled to outside the block has no trace of
-    this.  `every_expert_matmul` cannot say which rows are an expert's and is silent;
-    `MoE` does without it here.
-    """
-    token = _report.set(report)
-    try:
-        yield
-    finally:
-        _report.reset(token)
-
-
-def is_watched() -> bool:
-    """Say whether this is a block of `watching`."""
-    return _report.get() is not None
-
-
-def _tell(x: Array, w: Weight, expert_ids: Array | None = None):
-    if report := _report.get():
-        report(x, w, expert_ids)
-
-
-_own_rows: contextvars.ContextVar[Int[Array, ""] | None] = contextvars.ContextVar(
-    "own_rows", default=None
-)
-
-
-@contextlib.contextmanager
-def row_by_row(own: Int[Array, ""] | None) -> Iterator[None]:
-    """Let a CPU multiply the rows of a decode pass one at a time, and no copies.
-
-    A CPU has to compute each row, and the first brings the weight into its cache for
-    the next.  A row's product is that of one row alone whatever `own` is.
-
-    Args:
-      own: `Rows.own` of the pass that is traced in the block, whose operands are
-        [1, T, ...]; the results of later rows are copies of the last of these.  None
-        for a pass of another kind.
-    """
-    token = _own_rows.set(own)
-    try:
-        yield
-    finally:
-        _own_rows.reset(token)
-
-
-def by_rows(product: Callable[..., Array], *rows: Array) -> Array:
-    """Return `product(*rows)`, [1, T, ...], as `row_by_row` says."""
-    own = _own_rows.get()
-    if own is None or is_watched():
-        return product(*rows)
-    shape = jax.eval_shape(product, *rows)
-
-    def one_by_one(own, *rows):
-        def add_row(index, total):
-            row = (jax.lax.dynamic_slice_in_dim(a, index, 1, 1) for a in rows)
-            return jax.lax.dynamic_update_slice_in_dim(total, product(*row), index, 1)
-
-        total = jax.lax.fori_loop(0, own, add_row, jnp.zeros(shape.shape, shape.dtype))
-        return total[:, jnp.minimum(jnp.arange(shape.shape[1]), own - 1)]
-
-    # Not on a GPU, where each turn of a loop waits for the host.
-    return jax.lax.platform_dependent(
-        own, *rows, cpu=one_by_one, default=lambda own, *rows: product(*rows)
-    )
 
 
 def _precision(dtype: str) -> jax.lax.Precision | None:
@@ -146,9 +70,38 @@ def quant_matmul(
     x: Float[Array, "*rows In"], w: Weight, dtype: str = "float32"
 ) -> Float[Array, "*rows Out"]:
     """Return `x @ w.T` in float32, for `w [Out, In]`."""
-    _tell(x, w)
+    tell(x, w)
     values = dequantize(w)
-    return by_rows(lambda x: einsum("...i,oi->...o", x, values, dtype), x)
+    product = lambda x: einsum("...i,oi->...o", x, values, dtype)  # noqa: E731
+    return by_rows(product, x, cuda=_dense_kernel(w, dtype))
+
+
+def _dense_kernel(w: Weight, dtype: str) -> Callable[[int, Array], Array] | None:
+    """Return the kernel of `by_kernel` for a weight, if there is one."""
+    if isinstance(w, QuantTensor) and w.format == "Q8_0":
+
+        def multiply(x: Array, width: int) -> Array:
+            return q8_0.matvec(fix(x, dtype), w, width=width)[:, 0]
+
+    elif not isinstance(w, QuantTensor) and w.dtype == jnp.float16:
+
+        def multiply(x: Array, width: int) -> Array:
+            return f16.matvec(x.astype(dtype).astype(jnp.float32), w, width)
+
+    else:
+        return None
+
+    def kernel(width: int, x: Array) -> Array:
+        if x.ndim == 3:
+            return multiply(x[0], width)[None]
+        # Several vectors a row: the sums of 8 at most fit into registers.
+        vectors = x[0, :width].reshape(-1, x.shape[-1])
+        parts = (vectors[i : i + 8] for i in range(0, len(vectors), 8))
+        found = jnp.concatenate([multiply(part, len(part)) for part in parts])
+        found = found.reshape(1, width, *x.shape[2:-1], -1)
+        return found[:, jnp.minimum(jnp.arange(x.shape[1]), width - 1)]
+
+    return kernel
 
 
 def grouped_matmul(
@@ -159,25 +112,58 @@ def grouped_matmul(
     Rows `g * Out ...` of the stored matrix belong to group g, as ds4 stores the
     grouped output projection.
     """
-    _tell(x, w)
+    tell(x, w)
     groups, width = x.shape[-2:]
     values = dequantize(w).reshape(groups, -1, width)
-    return by_rows(lambda x: einsum("...gi,goi->...go", x, values, dtype), x)
+    product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
+
+    def kernel(rows, x):
+        assert isinstance(w, QuantTensor)
+        x = fix(x.reshape(-1, width), dtype)
+        return q8_0.matvec(x, w, groups, rows)[None]
+
+    served = isinstance(w, QuantTensor) and w.format == "Q8_0"
+    return by_rows(product, x, cuda=kernel if served else None)
 
 
 def expert_matmul(
-    x: Float[Array, "N U In"],
+    x: Float[Array, "N #U In"],
     w: Weight,
     expert_ids: Int[Array, "N U"],
     dtype: str = "float32",
+    implementation: Implementation = "xla",
+    width: int | None = None,
 ) -> Float[Array, "N U Out"]:
     """Return `x[n, u] @ w[expert_ids[n, u]].T`, for `w [E, Out, In]`.
 
     Only the chosen experts are read and dequantised.
+
+    Args:
+      x: rows, one for all their experts or one for each.
+      w: the experts.
+      expert_ids: of each row.
+      dtype: operand type.
+      implementation: "pallas" is the kernel of NVIDIA GPUs.
+      width: of "pallas": how many of the N rows, the first ones, are not copies.
+
+    Raises:
+      NotImplementedError: for "pallas", if `has_expert_kernel(w)` is false.
     """
-    _tell(x, w, expert_ids)
+    if implementation == "pallas":
+        if not isinstance(w, QuantTensor) or not has_expert_kernel(w):
+            kind = w.format if isinstance(w, QuantTensor) else w.dtype
+            raise NotImplementedError(f"pallas: no kernel for experts of {kind}")
+        rows = fix(x.reshape(-1, x.shape[-1]), dtype)
+        return experts.matvec(rows, w, expert_ids, width)
+    x = jnp.broadcast_to(x, (*expert_ids.shape, x.shape[-1]))
+    tell(x, w, expert_ids)
     chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
     return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
+
+
+def has_expert_kernel(w: Weight) -> bool:
+    """Say whether `expert_matmul` has a kernel for this weight."""
+    return isinstance(w, QuantTensor) and w.format in experts.FORMATS
 
 
 def experts_in_groups(w: Weight, experts: int) -> tuple[Weight, int]:

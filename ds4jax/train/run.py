@@ -31,7 +31,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.errors import ConfigError, FileError
 from ds4jax.files import replacing
 from ds4jax.model.deepseek import Model, random_weights
-from ds4jax.pallas.matmul import Weight
+from ds4jax.pallas.passes import Weight
 from ds4jax.train import checkpoint
 from ds4jax.train.data import Batches
 from ds4jax.train.loss import Losses, balanced, losses

@@ -1,0 +1,112 @@
+"""What only a GPU shows: its kernels' results, and the bits of whole passes.
+
+On a GPU without packed weights, or of another make, XLA's own operations are what is
+tested here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ds4jax import assets, gguf, synthetic
+from ds4jax.config import ModelConfig
+from ds4jax.decode import carry as carries
+from ds4jax.decode import driver
+from ds4jax.decode.modes import GREEDY, Decoding, Mode
+from ds4jax.model import deepseek
+from ds4jax.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.gpu
+same = np.testing.assert_array_equal
+TOKENS = 96
+MODES = [Mode(kind, depth) for kind in ("continuous", "chained") for depth in (1, 2, 4)]
+NEAR = 2e-3
+"""Of the largest logit: CPU and GPU sum six layers in different orders, and operands of
+float32 have 22 bits in the kernels."""
+
+
+def shipped(dtype: str = "float32", packed: bool = True) -> deepseek.Model:
+    config, trunk = gguf.load_trunk(assets.trunk())
+    config = dataclasses.replace(config, dtype=dtype)
+    return deepseek.build(config, trunk, gguf.load_mtp(assets.mtp(), config), packed)
+
+
+def flash(layers: int) -> deepseek.Model:
+    config = dataclasses.replace(
+        synthetic.shorten(ModelConfig.flash(), layers), dtype="bfloat16"
+    )
+    return deepseek.synthetic_model(config, "ds4-q2")
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def model(request):
+    return shipped(request.param)
+
+
+def prompt(text: str) -> list[int]:
+    tokenizer = Tokenizer.from_metadata(gguf.read(assets.trunk()).metadata)
+    ids = tokenizer.encode(assets.prompt(text).read_text())
+    return [tokenizer.bos, *ids][:200]
+
+
+@jax.jit
+def step(model, tokens, cache):
+    out = model.modules().trunk(tokens, cache)
+    return out.logits[0], out.streams[0], out.cache
+
+
+def by_widths(model, tokens, widths):
+    """Return the logits, streams and state of a text read in passes of `widths`."""
+    cache = carries.create(model.config, 512, mtp=False).cache
+    logits, streams, start = [], [], 0
+    for width in widths:
+        part = jnp.asarray([tokens[start : start + width]], jnp.int32)
+        more, of_stack, cache = step(model, part, cache)
+        logits.append(np.asarray(more))
+        streams.append(np.asarray(of_stack))
+        start += width
+    return np.concatenate(logits), np.concatenate(streams), cache
+
+
+def assert_row_contract(model, tokens):
+    expected = by_widths(model, tokens, [1] * len(tokens))
+    for widths in ([2] * 12, [3] * 8, [4] * 6, [8] * 3, [1, 2, 5, 4, 7, 5]):
+        found = by_widths(model, tokens, widths)
+        jax.tree.map(same, found, expected)
+
+
+def test_the_row_contract(model):
+    """Every width gives the bits of one row at a time: logits, streams and state."""
+    assert_row_contract(model, prompt("technical")[:24])
+
+
+def test_the_row_contract_at_the_shape_of_flash():
+    tokens = np.random.default_rng(0).integers(129280, size=24)
+    assert_row_contract(flash(5), tokens.tolist())
+
+
+@pytest.mark.parametrize("text", ["copy", "technical", "prose"])
+def test_modes_commit_the_tokens_of_plain_decoding(model, text):
+    tokens = prompt(text)
+
+    def run(how):
+        carry = driver.start(model, tokens, TOKENS, how)
+        return driver.committed(driver.run(model, carry, how))
+
+    plain = run(GREEDY)
+    assert len(plain) == len(tokens) + TOKENS
+    for mode in MODES:
+        assert run(Decoding(mode=mode)) == plain, mode
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_cpu_agrees(packed):
+    """The same logits but for rounding, and on most prompts the same tokens."""
+    tokens = prompt("prose")[:48]
+    found = by_widths(shipped(packed=packed), tokens, [4] * 12)[0]
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = by_widths(shipped(), tokens, [4] * 12)[0]
+    assert np.max(abs(found - expected)) <= NEAR * np.max(abs(expected))

@@ -1,0 +1,177 @@
+"""The kernels of NVIDIA GPUs, interpreted, against what they stand for.
+
+`gpu_test.py` has what only a GPU can show: the same on the device, and whole passes.
+"""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from pallas_matmul_test import EXPERTS, IN, rows, weight
+
+from ds4jax.model.attention import attend
+from ds4jax.model.hyper import HyperConnection
+from ds4jax.model.layers import RMSNorm
+from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0
+from ds4jax.pallas.fixed_point import GROUP, LIMBS, fix
+from ds4jax.pallas.matmul import expert_matmul
+from ds4jax.quant import dequantize
+
+ROWS = 8
+WIDTHS = (1, 2, 3, 4, 7)
+WORST = {"float32": 2.0**-19, "bfloat16": 2.0**-13}
+"""Of the sum of magnitudes: twice what the last limb of `fix` may round away."""
+DTYPES = pytest.mark.parametrize("dtype", LIMBS)
+same = np.testing.assert_array_equal
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def check(found, spec: str, x, w, dtype: str):
+    x = np.asarray(x.astype(dtype), np.float64)
+    w = np.asarray(dequantize(w), np.float64)
+    error = np.abs(found - np.einsum(spec, x, w))
+    assert np.all(error <= WORST[dtype] * np.einsum(spec, abs(x), abs(w)))
+
+
+def assert_copies(found, expected, width: int):
+    """The first rows have the bits of all rows' product, the others are copies."""
+    same(found[:width], expected[:width])
+    same(found[width:], np.repeat(expected[width - 1][None], ROWS - width, 0))
+
+
+@DTYPES
+def test_fixed_point_is_as_near_as_it_says(dtype):
+    """Seen red with a unit twice as coarse."""
+    x = rows(3) * jnp.exp(normal(0, 3, IN) * 4)
+    x = x.at[0, :GROUP].set(0).at[1, GROUP].set(1e-38)
+    found = fix(x, dtype, interpret=True)
+    limbs = np.asarray(found.words).view(np.int8).reshape(3, LIMBS[dtype], -1, GROUP)
+    place = 256.0 ** np.arange(LIMBS[dtype])[::-1]
+    value = np.einsum("l,rlgi->rgi", place, limbs.astype(np.float64))
+    value *= np.asarray(found.scale, np.float64)[..., None]
+    exact = np.asarray(x.astype(dtype), np.float64).reshape(3, -1, GROUP)
+    largest = abs(exact).max(-1, keepdims=True)
+    assert np.all(abs(value - exact) <= 2.0 ** (2 - 8 * LIMBS[dtype]) * largest + 1e-34)
+    same(found.sums[0, 0], 0)
+    np.testing.assert_allclose(
+        found.sums, exact.reshape(3, -1, 2, 16).sum(-1), rtol=1e-5, atol=1e-5
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("out", [24, 7])
+def test_q8_0(out, dtype):
+    x, w = rows(ROWS), weight("Q8_0", out)
+    expected = q8_0.matvec(fix(x, dtype, interpret=True), w, interpret=True)[:, 0]
+    check(expected, "ri,oi->ro", x, w, dtype)
+    for width in WIDTHS if out == 24 else ():
+        spoilt = fix(x.at[width:].set(jnp.nan), dtype, interpret=True)
+        found = q8_0.matvec(spoilt, w, width=width, interpret=True)[:, 0]
+        assert_copies(found, expected, width)
+
+
+@DTYPES
+def test_q8_0_by_groups(dtype):
+    x, w = rows(ROWS, 3), weight("Q8_0", 24)
+    fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
+    expected = q8_0.matvec(fixed, w, 3, interpret=True)
+    parts = jax.tree.map(lambda plane: plane.reshape(3, 8, -1), w)
+    check(expected, "rgi,goi->rgo", x, parts, dtype)
+    found = q8_0.matvec(fixed, w, 3, 2, interpret=True)
+    assert_copies(found, expected, 2)
+
+
+@pytest.mark.parametrize("out", [24, 7])
+def test_f16(out):
+    x, w = rows(ROWS), weight("F16", out)
+    expected = f16.matvec(x, w, interpret=True)
+    check(expected, "ri,oi->ro", x, w, "float32")
+    for width in WIDTHS if out == 24 else ():
+        found = f16.matvec(x.at[width:].set(jnp.nan), w, width, interpret=True)
+        assert_copies(found, expected, width)
+
+
+@DTYPES
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("name", experts.FORMATS)
+def test_experts(name, each, dtype):
+    """A row for all its experts, or one for each."""
+    w, used = weight(name, EXPERTS, 24), 3
+    x = rows(ROWS, each)
+    ids = jnp.asarray(np.random.default_rng(0).integers(EXPERTS, size=(ROWS, used)))
+    fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
+    expected = experts.matvec(fixed, w, ids, interpret=True)
+    wide = jnp.broadcast_to(x, (ROWS, used, IN))
+    chosen = jax.tree.map(lambda plane: plane[ids], w)
+    check(expected, "nui,nuoi->nuo", wide, chosen, dtype)
+    for width in (1, 2) if each == 1 else (3,):
+        spoilt = x.at[width:].set(jnp.nan).reshape(-1, IN)
+        spoilt = fix(spoilt, dtype, interpret=True)
+        found = experts.matvec(spoilt, w, ids, width, interpret=True)
+        assert_copies(found, expected, width)
+
+
+@pytest.mark.parametrize("hidden", [128, 256])
+def test_hyper_connection(hidden):
+    config = models.micro_config(hc_eps=0.01)
+    weights = {"fn": normal(1, 24, 4 * hidden) / 8, "base": normal(2, 24)}
+    weights["scale"] = normal(3, 3)
+    norm = RMSNorm(normal(4, hidden), config.rms_eps)
+    streams = normal(5, ROWS, 4, hidden)
+    assert hyper_connection.serves(streams)
+    named = {f"{name}.weight": w for name, w in weights.items()}
+    expected = HyperConnection(config, named)(streams[None], norm)
+
+    def read(streams, width):
+        return hyper_connection.read(
+            streams, weights["fn"], weights["base"], weights["scale"],
+            norm.weight.get_value(), config, width, interpret=True,
+        )  # fmt: skip
+
+    whole = read(streams, None)
+    for found, wanted in zip(whole, expected, strict=True):
+        np.testing.assert_allclose(found, wanted[0], rtol=1e-5, atol=1e-5)
+    for width in (1, 2, 5):
+        found = read(streams.at[width:].set(jnp.nan), width)
+        for of_some, of_all in zip(found, whole, strict=True):
+            assert_copies(of_some, of_all, width)
+
+
+@DTYPES
+def test_attention(dtype):
+    """Sources shared by the rows and gathered for each, parts of them invisible."""
+    query, sinks = normal(0, ROWS, 16, 64), normal(1, 16)
+    seen = np.random.default_rng(2).random((2, ROWS, 64)) < 0.4
+    seen[:, 1, 32:] = False
+    seen[1, 2] = False
+    sources = [
+        (normal(3, 64, 64), jnp.asarray(seen[0])),
+        (normal(4, ROWS, 32, 64), jnp.asarray(seen[1, :, :32])),
+    ]
+    assert attention.serves(query, sources)
+
+    def run(query, width):
+        return attention.attend(query, sources, sinks, dtype, width, interpret=True)
+
+    expected = attend(
+        query[None], [(r[None], v[None]) for r, v in sources], sinks, dtype
+    )
+    whole = run(query, None)
+    # Weights are rounded to bfloat16 before and after they are scaled by the peak.
+    worst = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+    np.testing.assert_allclose(whole, expected[0], rtol=worst, atol=worst)
+    for width in (1, 2, 5):
+        found = run(query.at[width:].set(jnp.nan), width)
+        assert_copies(found, whole, width)
+
+
+def test_a_weight_without_a_kernel_is_refused():
+    with pytest.raises(NotImplementedError, match="no kernel for experts of Q6_K"):
+        expert_matmul(
+            rows(1, 1), weight("Q6_K", EXPERTS, 24), jnp.zeros((1, 2), jnp.int32),
+            implementation="pallas",
+        )  # fmt: skip
