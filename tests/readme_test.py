@@ -13,12 +13,24 @@ figures = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(figures)
 
 
-def test_readmes_table_and_the_report_are_of_the_runs():
+def test_readmes_tables_and_the_report_are_of_the_runs():
     runs = runs_csv.read(figures.FOLDER / "runs.csv")
     page = (ROOT / "README.md").read_text()
-    assert figures.with_table(page, figures.headline(runs)) == page
+    assert figures.with_tables(page, runs) == page
     assert render(runs) == (figures.FOLDER / "report.md").read_text()
     assert figures.headline(runs).count("\n") > 10
+
+
+def test_all_modes_commit_the_same_tokens_and_batched_ones_in_as_many_passes():
+    rows = figures.read_modes()
+    verified = {}
+    for row in rows:
+        alike = {name: row[name] for name in row if name != "verifier"}
+        verified.setdefault(row["verifier"], []).append(alike)
+    prompts = {row["prompt"] for row in rows}
+    assert len({(row["prompt"], row["sha256"]) for row in rows}) == len(prompts) == 3
+    speculative = [row for row in verified["exact"] if row["mode"] != "plain"]
+    assert speculative == verified["batched"]
 
 
 def test_the_figures_that_readme_shows_are_there():
