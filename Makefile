@@ -21,7 +21,7 @@ help:
 	@echo "make run       decode with the model that ships, speculatively and plainly"
 	@echo "make test      run the tests"
 	@echo "make lint      check style and types"
-	@echo "make figures   draw README's table and figures from the runs in benchmarks/results"
+	@echo "make figures   make README's tables and figures from the runs in benchmarks/results"
 	@echo "make golden    compute tests/golden anew with Hugging Face's code (installs torch)"
 	@echo "make peer      time transformers and ds4jax on this CPU (installs torch)"
 	@echo "make test-gpu  run the GPU's tests (installs CUDA)"

@@ -1,4 +1,4 @@
-"""Write the report and figures of the checked-in ablation anew, and README's table.
+"""Write the report and figures of the checked-in ablation anew, and README's tables.
 
 Nothing is measured: the runs are those of
 benchmarks/results/tiny_model/ablation/runs.csv, which
@@ -6,7 +6,8 @@ benchmarks/results/tiny_model/ablation/runs.csv, which
     ds4jax ablate --config=configs/ablation_depth.py \\
         --out=benchmarks/results/tiny_model/ablation
 
-makes.  README's table stands between two comments that name this file.
+makes, and of modes.csv beside that folder, which benchmarks/modes.py makes.  Each of
+README's tables stands between two comments that name this file.
 
 Example:
     python benchmarks/figures.py
@@ -14,11 +15,13 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import app
 
+from ds4jax.decode.carry import MAX_DEPTH
 from ds4jax.experiments import runs_csv
 from ds4jax.experiments.ablation_report import render
 from ds4jax.experiments.figures import draw
@@ -29,12 +32,43 @@ from ds4jax.files import replacing
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks/results/tiny_model/ablation"
-BEGIN = "<!-- benchmarks/figures.py begins -->\n"
-END = "<!-- benchmarks/figures.py ends -->\n"
+MODES = FOLDER.parent / "modes.csv"
+
+
+def read_modes() -> list[dict[str, str]]:
+    """Return the rows of modes.csv."""
+    with MODES.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def modes(rows: Sequence[Mapping[str, str]]) -> str:
+    """Return README's table of modes, verified exactly: passes, and what is accepted.
+
+    The last columns are of the first prompt and of the last.
+    """
+    by_mode: dict[tuple[str, str], dict[str, Mapping[str, str]]] = {}
+    for row in rows:
+        if row["verifier"] == "exact":
+            on = by_mode.setdefault((row["mode"], row["depth"]), {})
+            on[row["prompt"]] = row
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    ends = prompts[0], prompts[-1]
+    heads = ["mode", "depth", *prompts, *(f"accepted, {prompt}" for prompt in ends)]
+    found = []
+    for names, on in by_mode.items():
+        passes = [on[prompt]["shared_reads_per_token"] for prompt in prompts]
+        found.append([*names, *passes, *(_places(on[prompt]) for prompt in ends)])
+    return "\n".join(table(heads, found)) + "\n"
+
+
+def _places(row: Mapping[str, str]) -> str:
+    """Return the share accepted of the drafts at each place."""
+    shares = (row[f"accepted_at_{place}"] for place in range(1, MAX_DEPTH + 1))
+    return ", ".join(f"{float(share):.0%}" for share in shares if share)
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """Return README's table: modes and depths, without the switches."""
+    """Return README's table of arms: modes and depths, without the switches."""
     found = [
         one for one in summarise(runs)
         if not {"ds4-pairing", "unfilled", "gate"} & set(one.arm.split())
@@ -57,11 +91,17 @@ def headline(runs: Sequence[Run]) -> str:
     return "\n".join(table(heads, rows)) + "\n"
 
 
-def with_table(page: str, found: str) -> str:
-    """Return a page whose table is `found`."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + found + END + after
+def with_tables(page: str, runs: Sequence[Run]) -> str:
+    """Return README with the tables of these runs and of modes.csv."""
+    for name, found in (("modes", modes(read_modes())), ("ablation", headline(runs))):
+        begin, end = (
+            f"<!-- benchmarks/figures.py: {name} {what} -->\n"
+            for what in ("begins", "ends")
+        )
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        page = before + begin + found + end + after
+    return page
 
 
 def main(argv: Sequence[str]):
@@ -72,7 +112,7 @@ def main(argv: Sequence[str]):
     readme = ROOT / "README.md"
     for path, text in (
         (FOLDER / "report.md", render(runs)),
-        (readme, with_table(readme.read_text(), headline(runs))),
+        (readme, with_tables(readme.read_text(), runs)),
     ):
         with replacing(path) as part:
             part.write_text(text)

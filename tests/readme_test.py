@@ -1,24 +1,40 @@
 """What README and the report show is what the runs kept in benchmarks/results say."""
 
+import csv
 import importlib.util
 from pathlib import Path
 
 from ds4jax.experiments import runs_csv
 from ds4jax.experiments.ablation_report import render
+from ds4jax.experiments.summary import check_gates, summarise
+from ds4jax.experiments.tables import percents
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/tiny_model"
 SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
 assert SPEC and SPEC.loader
 figures = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(figures)
 
 
-def test_readmes_table_and_the_report_are_of_the_runs():
+def test_readmes_tables_and_the_report_are_of_the_runs():
     runs = runs_csv.read(figures.FOLDER / "runs.csv")
     page = (ROOT / "README.md").read_text()
-    assert figures.with_table(page, figures.headline(runs)) == page
+    assert figures.with_tables(page, runs) == page
     assert render(runs) == (figures.FOLDER / "report.md").read_text()
     assert figures.headline(runs).count("\n") > 10
+
+
+def test_all_modes_commit_the_same_tokens_and_batched_ones_in_as_many_passes():
+    rows = figures.read_modes()
+    verified = {}
+    for row in rows:
+        alike = {name: row[name] for name in row if name != "verifier"}
+        verified.setdefault(row["verifier"], []).append(alike)
+    prompts = {row["prompt"] for row in rows}
+    assert len({(row["prompt"], row["sha256"]) for row in rows}) == len(prompts) == 3
+    speculative = [row for row in verified["exact"] if row["mode"] != "plain"]
+    assert speculative == verified["batched"]
 
 
 def test_the_figures_that_readme_shows_are_there():
@@ -28,3 +44,48 @@ def test_the_figures_that_readme_shows_are_there():
     assert len(shown) >= 2
     for path in shown:
         assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
+
+
+def readme():
+    return " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_readme_says_what_an_exact_pass_costs():
+    found = summarise(runs_csv.read(figures.FOLDER / "runs.csv"))
+    plain = [one for one in found if one.arm == "plain"]
+    pair = [one for one in found if one.arm == "continuous 1"]
+    one, two, whole = (
+        f"{min(times):.1f} to {max(times):.1f}"
+        for times in (
+            [one.cost.r for one in plain],
+            [one.cost.r for one in pair],
+            [1 / one.speedup.median for one in plain],
+        )
+    )
+    assert (
+        f"an exact pass of one row takes {one} passes of the one-row program there, "
+        f"and one of two rows {two}; whole plain runs are {whole} times as long."
+    ) in readme()
+
+
+def test_readme_says_what_the_gate_costs():
+    checks = check_gates(runs_csv.read(RESULTS / "gate/runs.csv"))
+    assert len(checks) == 6
+    for pairing, better in (("", "continuous 1"), ("ds4-pairing ", "plain")):
+        arm = f"continuous 1 {pairing}gate"
+        of_arm = [check for check in checks if check.arm == arm]
+        assert {check.better for check in of_arm} == {better}
+        said = ", ".join(f"{check.text} {percents(check.slower)}" for check in of_arm)
+        assert said in readme()
+
+
+def test_readme_says_what_the_peer_does():
+    with (RESULTS / "peer.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    peer, plain, one, pair = (f"{float(row['tokens_per_second']):.0f}" for row in rows)
+    ratios = [f"{float(row['ratio']):.1f}" for row in rows]
+    assert (
+        f"medians of {rows[0]['rounds']} rounds: transformers {peer} tokens/s, plain "
+        f"decoding {plain} ({ratios[1]} times as many), passes of one row {one} "
+        f"({ratios[2]}), continuous decoding at depth 1 {pair} ({ratios[3]})."
+    ) in readme()
