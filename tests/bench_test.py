@@ -37,6 +37,11 @@ DS4_COLUMNS = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def model():
+    return models.lively(models.slim_config())
+
+
 def prompt(model, tokens=STOPS[-1]) -> list[int]:
     return models.text(model.config, tokens)[0].tolist()
 
