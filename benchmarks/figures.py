@@ -85,8 +85,8 @@ def headline(runs: Sequence[Run]) -> str:
         row = [arm]
         for text in texts:
             one = on[text]
-            reads = one.total("passes") / one.total("tokens")
-            row += [f"{one.rate.median:.1f}", interval(one.speedup, 2), number(reads)]
+            reads = number(one.reads_per_token)
+            row += [f"{one.rate.median:.1f}", interval(one.speedup, 2), reads]
         rows.append(row)
     return "\n".join(table(heads, rows)) + "\n"
 

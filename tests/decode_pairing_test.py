@@ -14,6 +14,11 @@ from ds4jax.model.mtp import pair
 _draft = jax.jit(transitions.draft, static_argnames=("depth", "pairing"))
 
 
+@pytest.fixture(scope="module")
+def model():
+    return models.lively(models.slim_config())
+
+
 def prompt(model):
     return models.text(model.config, 40)[0].tolist()
 

@@ -26,6 +26,11 @@ MODES = [Mode("continuous", 1), Mode("chained", 2)]
 
 
 @pytest.fixture(scope="module")
+def model():
+    return models.lively(models.slim_config())
+
+
+@pytest.fixture(scope="module")
 def start(model):
     return decoding.start(model, PROMPT)
 

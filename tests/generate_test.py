@@ -29,7 +29,7 @@ def tokenizer(files):
 @pytest.fixture(scope="module")
 def wordless(tmp_path_factory):
     """Return the flag of a trunk without a vocabulary."""
-    config = models.micro_config(vocab=280)
+    config = shipped.CONFIG
     weights = models.lively_weights(schema.trunk(config), config, seed=1)
     path = tmp_path_factory.mktemp("wordless") / "trunk.gguf"
     gguf.write_model(path, config, weights, QuantPlan.named("q8_0"))

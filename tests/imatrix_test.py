@@ -253,7 +253,7 @@ def command(tmp_path_factory):
     """Yield how to run the command in a folder with a pair of files and a text."""
     folder = tmp_path_factory.mktemp("pair")
     shipped.write_pair(folder)
-    config = models.micro_config()
+    config = shipped.CONFIG
     weights = models.lively_weights(schema.trunk(config), config, seed=0)
     plan = QuantPlan.named("f32")
     gguf.write_model(folder / "wordless.gguf", config, weights, plan)
@@ -272,7 +272,7 @@ def test_the_command_measures_every_matrix_of_a_pair(command):
     )  # fmt: skip
     assert (status, err) == (0, "")
     told = re.fullmatch(
-        r"im\.gguf: 35 tokens in 3 sequences; 107 matrices, \d+ of them without"
+        r"im\.gguf: 35 tokens in 3 sequences; 55 matrices, \d+ of them without"
         r" a row; [\d,]+ bytes\n",
         out,
     )
@@ -283,7 +283,7 @@ def test_the_command_measures_every_matrix_of_a_pair(command):
     assert file.metadata["imatrix.chunk_size"] == 12
     assert file.tensors["output.weight.counts"].data == 35 + 32
     means = imatrix.read(command.folder / "im.gguf")
-    specs = schema.trunk(models.micro_config()) | schema.mtp(models.micro_config())
+    specs = schema.trunk(shipped.CONFIG) | schema.mtp(shipped.CONFIG)
     for name, mean in means.items():
         *experts, _, width = specs[name].shape
         assert mean.shape == (*experts, width), name

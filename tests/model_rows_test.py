@@ -21,7 +21,14 @@ from ds4jax.model.cache import DECODE_ROWS
 pytestmark = pytest.mark.optimised
 CONFIGS = {
     "micro": models.micro_config(),
-    "tiny": ModelConfig.tiny(sinkhorn_iters=3, vocab=512, expert_ffn=128),
+    "tiny": ModelConfig.tiny(
+        layers=3,
+        compress_ratios=(0, 4, 128),
+        hash_layers=1,
+        sinkhorn_iters=3,
+        vocab=512,
+        expert_ffn=128,
+    ),  # fmt: skip
     "micro with ds4's rounding": models.micro_config(
         head_dim=80, index_dim=32, kv_rounding="ds4"
     ),

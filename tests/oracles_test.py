@@ -26,7 +26,7 @@ PROMPT = np.random.default_rng(0).integers(0, 96, 37).tolist()
 @pytest.fixture(scope="module")
 def model():
     """A model whose every wrong token is a bad one: its logits are wide apart."""
-    return scaled(models.lively(models.micro_config()), 8)
+    return scaled(models.lively(models.slim_config()), 8)
 
 
 def scaled(model, factor):

@@ -4,11 +4,11 @@ The texts are longer than a chunk.  In the shorter one the last chunk has a sing
 token, of which the trained pairing makes no pair.
 """
 
+import functools
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import commands
 import models
 import numpy as np
 import pytest
@@ -45,39 +45,43 @@ def folder(tmp_path_factory):
     return folder
 
 
-def score(folder, *words):
-    done = subprocess.run(
-        [sys.executable, "-m", "ds4jax", "score", *words],
-        capture_output=True, text=True, cwd=folder, timeout=300,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
-
-
-def arrays(folder, out, *words):
-    """Return (arrays, summary) of a run that succeeds and leaves nothing else."""
-    before = set(folder.iterdir())
-    status, summary, err = score(folder, f"--out={out}", "--gguf=trunk.gguf", *words)
-    assert (status, err) == (0, "")
-    assert set(folder.iterdir()) - before == {folder / out}
-    with np.load(folder / out) as stored:
-        return dict(stored), summary
+@pytest.fixture(scope="module")
+def score(folder):
+    """Return a function that runs the command in `folder`."""
+    with commands.command("score") as command:
+        yield functools.partial(command.run, folder)
 
 
 @pytest.fixture(scope="module")
-def trained(folder):
-    return arrays(folder, "exactly.this", "--mtp=mtp.gguf", "--tokens=@shorter.txt")
+def arrays(folder, score):
+    """Return a function that gives (arrays, summary) of a run that succeeds."""
+
+    def run(out, *words):
+        before = set(folder.iterdir())
+        status, summary, err = score(f"--out={out}", "--gguf=trunk.gguf", *words)
+        assert (status, err) == (0, "")
+        assert set(folder.iterdir()) - before == {folder / out}
+        with np.load(folder / out) as stored:
+            return dict(stored), summary
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def paired_as_ds4(folder):
+def trained(arrays):
+    return arrays("exactly.this", "--mtp=mtp.gguf", "--tokens=@shorter.txt")
+
+
+@pytest.fixture(scope="module")
+def paired_as_ds4(arrays):
     words = "--mtp=mtp.gguf", "--tokens=@ids.txt", "--pairing=ds4"
-    return arrays(folder, "ds4.npz", *words)[0]
+    return arrays("ds4.npz", *words)[0]
 
 
 @pytest.fixture(scope="module")
-def rounded(folder):
+def rounded(arrays):
     ids = ",".join(map(str, TOKENS[0, :SHORTER]))
-    return arrays(folder, "rounded.npz", f"--tokens={ids}", "--kv_rounding=ds4")[0]
+    return arrays("rounded.npz", f"--tokens={ids}", "--kv_rounding=ds4")[0]
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +161,9 @@ def test_the_summary_is_one_line_and_tells_the_nats(trained, folder):
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_writes_nothing(folder, words, message):
+def test_a_mistake_is_one_line_and_writes_nothing(folder, score, words, message):
     before = sorted(folder.iterdir())
-    status, out, err = score(folder, "--gguf=trunk.gguf", *words)
+    status, out, err = score("--gguf=trunk.gguf", *words)
     assert (status, out) == (2, "")
     assert err.count("\n") == 1 and message in err
     assert sorted(folder.iterdir()) == before

@@ -20,7 +20,7 @@ from ds4jax.decode.stops import Stops, stream
 from ds4jax.errors import CapacityError, ConfigError, FileError, TokenError
 from ds4jax.train.corpus import Document, train_tokenizer
 
-CONFIG = models.micro_config(vocab=280)
+CONFIG = models.slim_config(vocab=280)
 SAMPLED = dataclasses.replace(CONTINUOUS, temperature=1.0)
 PROMPT = models.text(CONFIG, 41)[0].tolist()
 TOKENS = 60

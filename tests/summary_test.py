@@ -26,6 +26,7 @@ def test_speedups_are_over_the_faster_plain_and_follow_the_cost_model():
     one = find(found, "continuous 1")
     assert one.cost.r == pytest.approx(1.5) and one.cost.d == pytest.approx(0.2)
     assert one.alpha == pytest.approx(0.8)
+    assert one.reads_per_token == pytest.approx(1 / 1.8)
     assert one.predicted == pytest.approx(1.8 / 1.7)
     assert one.speedup.median == pytest.approx(1.8 / 1.7)
     assert one.speedup.count == 3 * 2

@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 
@@ -31,6 +33,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 SETTINGS = run.Settings(steps=6, batch=2, rows=32, warmup=2, copy_share=0.0)
 EVER = 10**9
+measure = jax.jit(losses, static_argnames="mtp_weight")
 
 
 def text(seed, lines=40):
@@ -70,8 +73,13 @@ def train(folder, batches, settings=SETTINGS, deadline=float("inf"), every=EVER)
     return run.train(folder, CONFIG, settings, batches, {}, every, deadline)
 
 
-def test_a_stopped_run_ends_in_the_same_bits(tmp_path, batches):
-    whole = train(tmp_path / "whole", batches)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, batches):
+    """Return the last state of a run that nothing stopped."""
+    return train(tmp_path_factory.mktemp("whole"), batches)
+
+
+def test_a_stopped_run_ends_in_the_same_bits(tmp_path, batches, whole):
     part = tmp_path / "parts"
     for step in range(1, 3):  # a deadline that has passed stops after each step
         assert int(train(part, batches, deadline=0.0).step) == step
@@ -84,8 +92,9 @@ def test_a_stopped_run_ends_in_the_same_bits(tmp_path, batches):
     )
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, batches, monkeypatch):
-    whole = train(tmp_path / "whole", batches)
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    tmp_path, batches, whole, monkeypatch
+):
     real, made = run.train_step, []
 
     def killed(*args):
@@ -108,21 +117,18 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, batches, monkey
     assert not [*tmp_path.rglob("*.part*")]
 
 
-def test_two_devices_share_the_batch(tmp_path, batches):
+def test_two_devices_share_the_batch(tmp_path, whole):
     """They make the step of one device, but for the order in which gradients add up.
 
     Seen red with each device keeping the gradient of its own windows.
     """
-    settings = dataclasses.replace(SETTINGS, steps=2)
-    alone = train(tmp_path / "alone", batches, settings)
     script = f"""
 import pathlib, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import train_test as here
 tokenizer = here.corpus.train_tokenizer(here.DOCUMENTS, here.VOCAB)
-settings = here.dataclasses.replace(here.SETTINGS, steps=2)
-assert here.run.mesh(settings).size == 2
-here.train(pathlib.Path("shared"), here.make_batches(tokenizer), settings)
+assert here.run.mesh(here.SETTINGS).size == 2
+here.train(pathlib.Path("shared"), here.make_batches(tokenizer))
 """
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=2"
@@ -131,22 +137,22 @@ here.train(pathlib.Path("shared"), here.make_batches(tokenizer), settings)
         capture_output=True, text=True, cwd=tmp_path, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    shared = checkpoint.load(tmp_path / "shared" / run.CHECKPOINT, alone, {})
-    first = run.first_state(CONFIG, settings)
+    shared = checkpoint.load(tmp_path / "shared" / run.CHECKPOINT, whole, {})
+    first = run.first_state(CONFIG, SETTINGS)
     flat = lambda s: np.concatenate([*map(np.ravel, jax.tree.leaves(s.weights))])  # noqa: E731
-    far = np.linalg.norm(flat(alone) - flat(first))
+    far = np.linalg.norm(flat(whole) - flat(first))
     # AdamW takes signs: of gradients near 0, rounding turns some.
-    assert np.linalg.norm(flat(alone) - flat(shared)) < 0.05 * far
+    assert np.linalg.norm(flat(whole) - flat(shared)) < 0.05 * far
 
 
 def test_it_learns_from_about_ln_v(tmp_path, batches):
     settings = dataclasses.replace(SETTINGS, steps=100, warmup=10, lr=1e-2)
     start = run.model(run.first_state(CONFIG, settings), CONFIG)
-    _, before = losses(start, jnp.asarray(batches.at(0)), 0.5)
+    _, before = measure(start, jnp.asarray(batches.at(0)), mtp_weight=0.5)
     assert abs(float(before.trunk) - np.log(VOCAB)) < 1
     assert abs(float(before.mtp) - np.log(VOCAB)) < 1
     model = run.model(train(tmp_path, batches, settings), CONFIG)
-    _, after = losses(model, jnp.asarray(batches.at(1000)), 0.5)
+    _, after = measure(model, jnp.asarray(batches.at(1000)), mtp_weight=0.5)
     assert float(after.trunk) < 3.5 and float(after.mtp) < 3.5
     assert float(after.indexer) < float(before.indexer)
 
@@ -155,20 +161,17 @@ def test_every_weight_is_learnt_and_only_the_indexer_imitates(batches):
     state = run.first_state(CONFIG, SETTINGS)
     windows = jnp.asarray(batches.at(0))
 
-    def part(weights, name):
+    def parts(weights):
         model = run.model(dataclasses.replace(state, weights=weights), CONFIG)
         total, found = losses(model, windows, 0.5)
-        return total if name == "total" else getattr(found, name)
+        return jnp.stack([total, found.indexer, found.trunk])
 
-    gradient = jax.jit(jax.grad(part), static_argnums=1)
-    total = gradient(state.weights, "total")
-    assert [n for n, g in total.items() if not np.any(g)] == []
-    indexer = gradient(state.weights, "indexer")
-    trunk = gradient(state.weights, "trunk")
-    for name in state.weights:
+    gradients = jax.device_get(jax.jit(jax.jacrev(parts))(state.weights))
+    for name, (total, indexer, trunk) in gradients.items():
         is_indexer = "indexer" in name
-        assert np.any(indexer[name]) == is_indexer, name
-        assert np.any(trunk[name]) == (not is_indexer and "mtp" not in name), name
+        assert np.any(total), name
+        assert np.any(indexer) == is_indexer, name
+        assert np.any(trunk) == (not is_indexer and "mtp" not in name), name
 
 
 def test_balance_moves_bias_towards_even_loads():
@@ -176,51 +179,67 @@ def test_balance_moves_bias_towards_even_loads():
     assert np.sign(bias).tolist()[:2] == [-1, 1]
 
 
-def test_a_score_is_the_mean_over_every_token(documents, tokenizer):
-    model = run.model(run.first_state(CONFIG, SETTINGS), CONFIG)
-    tokens = corpus.tokenise(tokenizer, documents)[:50]
-    score = lambda rows, batch: score_text(model, tokenizer, tokens, rows, batch)  # noqa: E731
-    short, padded = score(64, 1), score(70, 3)
-    text = jnp.asarray(tokens[None].astype(np.int32))
-    _, exact = losses(model, text, 0.5)
-    np.testing.assert_allclose(short.mtp, float(exact.mtp), rtol=1e-5)
-    network = model.modules()
-    logits = network.trunk(text).logits[0, :-1]
-    chosen = jax.nn.log_softmax(logits)[np.arange(49), tokens[1:].astype(int)]
-    chosen = np.asarray(chosen)
-    np.testing.assert_allclose(short.trunk, -np.mean(chosen), rtol=1e-5)
+@pytest.fixture(scope="module")
+def fresh():
+    return run.model(run.first_state(CONFIG, SETTINGS), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def tokens(documents, tokenizer):
+    return corpus.tokenise(tokenizer, documents)[:200]
+
+
+@pytest.fixture(scope="module")
+def score(fresh, tokenizer, tokens):
+    """Return the score of a text that is shorter than a window."""
+    return score_text(fresh, tokenizer, tokens, rows=250, batch=1)
+
+
+@pytest.fixture(scope="module")
+def ids(tokens):
+    return jnp.asarray(tokens[None].astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def read(fresh, ids):
+    """Return the trunk's own pass over that text."""
+    return models.trunk(fresh, ids)
+
+
+def test_a_score_is_the_mean_over_every_token(
+    fresh, tokenizer, tokens, score, ids, read
+):
+    _, exact = measure(fresh, ids, mtp_weight=0.5)
+    np.testing.assert_allclose(score.mtp, float(exact.mtp), rtol=1e-5)
+    logprobs = jax.nn.log_softmax(read.logits[0, :-1])
+    chosen = np.asarray(logprobs)[np.arange(199), tokens[1:].astype(int)]
+    np.testing.assert_allclose(score.trunk, -np.mean(chosen), rtol=1e-5)
+    padded = score_text(fresh, tokenizer, tokens, rows=260, batch=3)
     for a, b in zip(
-        dataclasses.astuple(short), dataclasses.astuple(padded), strict=True
+        dataclasses.astuple(score), dataclasses.astuple(padded), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5)
-    assert short.tokens == 49
-    assert short.size == len(tokenizer.decode(tokens[1:].tolist()).encode())
-    assert short.bits_per_byte * short.size == pytest.approx(
+    assert score.tokens == 199
+    assert score.size == len(tokenizer.decode(tokens[1:].tolist()).encode())
+    assert score.bits_per_byte * score.size == pytest.approx(
         -np.sum(chosen) / np.log(2), rel=1e-5
     )
 
 
 def test_acceptance_is_agreement_with_the_trunk_under_each_pairing(
-    documents, tokenizer
+    fresh, score, ids, read
 ):
-    model = run.model(run.first_state(CONFIG, SETTINGS), CONFIG)
-    tokens = corpus.tokenise(tokenizer, documents)[:200]
-    found = score_text(model, tokenizer, tokens, 250, 1)
-    network, text = model.modules(), jnp.asarray(tokens[None].astype(np.int32))
-    out = network.trunk(text)
-    chosen = np.argmax(out.logits[0], -1)
+    chosen = np.argmax(read.logits[0], -1)
     agree = {}
     for pairing in ("trained", "ds4"):
-        streams, joined = pair(out.streams, text, pairing)
-        assert network.mtp
-        best = np.argmax(network.mtp(network.trunk, joined, streams).logits[0], -1)
-        agree[pairing] = best
+        streams, joined = pair(read.streams, ids, pairing)
+        agree[pairing] = np.argmax(models.mtp(fresh, joined, streams).logits[0], -1)
     trained = agree["trained"][:198] == chosen[1:199]
-    assert found.accepted == pytest.approx(np.mean(trained))
-    assert found.accepted_ds4 == pytest.approx(
+    assert score.accepted == pytest.approx(np.mean(trained))
+    assert score.accepted_ds4 == pytest.approx(
         np.mean(agree["ds4"][:199] == chosen[:199])
     )
-    assert 0 < found.accepted < 1
+    assert 0 < score.accepted < 1
 
 
 def test_another_run_is_not_continued(tmp_path, batches):
@@ -245,9 +264,19 @@ def test_a_checkpoint_of_other_arrays_is_named(tmp_path):
         checkpoint.load(path, {"b": np.zeros(2, np.float32)}, {})
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, batches):
+@pytest.mark.parametrize("part", ["trunk", "mtp"])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, batches, monkeypatch, part):
+    real = run.train_step
+
+    def diverging(*args):
+        state, found = real(*args)
+        return state, dataclasses.replace(
+            found, **{part: getattr(found, part) * np.inf}
+        )
+
+    monkeypatch.setattr(run, "train_step", diverging)
     with pytest.raises(ConfigError, match="^lr: the loss is no longer finite"):
-        train(tmp_path, batches, dataclasses.replace(SETTINGS, lr=1e30))
+        train(tmp_path, batches)
 
 
 @pytest.fixture
@@ -260,23 +289,32 @@ def folder(tmp_path, documents):
     return tmp_path
 
 
-def command(folder, name, *words):
-    done = subprocess.run(
-        [sys.executable, "-m", "ds4jax", name, f"--corpus={folder}/corpus", *words],
-        capture_output=True, text=True, cwd=folder, timeout=500,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def processes():
+    """Return the processes of both commands, by name."""
+    with commands.command("train") as train, commands.command("evaluate") as evaluate:
+        yield {"train": train, "evaluate": evaluate}
 
 
-def test_the_command_trains_exports_and_goes_on(folder):
+@pytest.fixture
+def command(processes, folder):
+    """Return a function that runs a command of this name in `folder`."""
+
+    def run(name, *words):
+        return processes[name].run(folder, f"--corpus={folder}/corpus", *words)
+
+    return run
+
+
+def test_the_command_trains_exports_and_goes_on(command, folder):
     words = [
         "train", "--out=run", "--export=files", "--batch=2", f"--vocab={VOCAB}",
         "--steps=2", "--rows=64", "--layers=1",
     ]  # fmt: skip
-    status, out, err = command(folder, *words, "--max_minutes=1e-9")
+    status, out, err = command(*words, "--max_minutes=1e-9")
     assert status == 0, err
     assert "stopped at step 1 of 2" in out
-    status, out, err = command(folder, *words)
+    status, out, err = command(*words)
     assert status == 0, err
     found = json.loads((folder / "run/evaluation.json").read_text())
     assert {*found} == {"code", "prose", "copies"}
@@ -289,8 +327,8 @@ def test_the_command_trains_exports_and_goes_on(folder):
     metadata = gguf.read(folder / "files/trunk.gguf").metadata
     assert Tokenizer.from_metadata(metadata).vocab_size == VOCAB
     status, out, err = command(
-        folder, "evaluate", "--gguf=files/trunk.gguf", "--mtp=files/mtp.gguf",
-        "--rows=64", "--prompts=1", "--report=x.json",
+        "evaluate", "--gguf=files/trunk.gguf", "--mtp=files/mtp.gguf", "--rows=64",
+         "--prompts=1", "--report=x.json",
     )  # fmt: skip
     assert status == 0, err
     assert out.count("bits per byte") == 3
@@ -323,8 +361,8 @@ def test_settings_out_of_range_are_named(changes, expected):
         (["evaluate", "--report=no/x.json"], "no/x.json: cannot be written"),
     ],
 )
-def test_a_bad_flag_is_told_in_one_line(folder, words, expected):
-    status, out, err = command(folder, *words)
+def test_a_bad_flag_is_told_in_one_line(command, words, expected):
+    status, out, err = command(*words)
     assert (status, out) == (2, "")
     assert expected in err and err.count("\n") == 1
 

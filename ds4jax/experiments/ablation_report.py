@@ -68,7 +68,7 @@ def _speed(found: Sequence[Summary]) -> list[str]:
             f"{one.rate.median:.1f} ({one.rate.least:.1f}-{one.rate.most:.1f})",
             interval(one.speedup),
             number(one.predicted, 3),
-            number(one.total("passes") / one.total("tokens"), 3),
+            number(one.reads_per_token, 3),
             str(one.total("passes")),
             str(one.total("cold_cycles")),
             "plain's" if one.same else "others",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 
@@ -107,16 +107,13 @@ def sweep(
     create = lambda: driver.create(model, max_context, decoding, seed)  # noqa: E731
     # All that the timed parts compile or trace, on a carry of the same shapes.
     carry = driver.prefill(model, create(), prompt[:1], decoding)
-    _decode(model, carries.copy(carry), 1, decoding)
-    carry, at = create(), 0
+    jax.block_until_ready(driver.run(model, carries.with_budget(carry, 1), decoding))
+    carry, at = jax.block_until_ready(create()), 0
     for stop in stops:
-        jax.block_until_ready(carry)
-        before = time.perf_counter()
-        carry = driver.prefill(model, carry, prompt[at:stop], decoding)
-        jax.block_until_ready(carry)
-        prefill = time.perf_counter() - before
+        carry, prefill = _timed(driver.prefill, model, carry, prompt[at:stop], decoding)
         snapshot = jax.block_until_ready(carries.copy(carry))
-        after, decode = _decode(model, carry, gen_tokens, decoding)
+        carry = jax.block_until_ready(carries.with_budget(carry, gen_tokens))
+        after, decode = _timed(driver.run, model, carry, decoding)
         counts = after.statistics
         yield Point(
             context=stop,
@@ -133,13 +130,12 @@ def sweep(
         carry, at = snapshot, stop
 
 
-def _decode(
-    model: Model, carry: DecodeCarry, tokens: int, decoding: Decoding
+def _timed(
+    step: Callable[..., DecodeCarry], *args: object
 ) -> tuple[DecodeCarry, float]:
-    """Decode, giving up the carry, and return the seconds that took as well."""
-    carry = jax.block_until_ready(carries.with_budget(carry, tokens))
+    """Return the carry that a step leaves, once it is there, and the seconds taken."""
     before = time.perf_counter()
-    carry = jax.block_until_ready(driver.run(model, carry, decoding))
+    carry = jax.block_until_ready(step(*args))
     return carry, time.perf_counter() - before
 
 

@@ -81,6 +81,11 @@ class Summary:
         return self.cycle_ms - self.target_ms - self.draft_ms
 
     @property
+    def reads_per_token(self) -> float:
+        """Return how often a token had the shared weights read: its target passes."""
+        return self.total("passes") / self.total("tokens")
+
+    @property
     def predicted(self) -> float:
         """Return the cost model's speed-up."""
         return self.cost.speedup(self.accepted_per_cycle)

@@ -113,7 +113,7 @@ def write(
         values = np.asarray(values)
         weights = (importance or {}).get(tensor_name)
         if weights is not None:
-            weights = _importance(what, values.shape, weights)
+            _check_importance(what, values.shape, weights)
         step = len(values)
         if values.ndim > 2:
             step = max(1, _PART // values[0].size)
@@ -145,17 +145,14 @@ def _check_type(what: str, shape: tuple[int, ...], ggml_type: str):
         )
 
 
-def _importance(
-    what: str, shape: tuple[int, ...], importance: np.ndarray
-) -> np.ndarray:
-    """Return the importance of the columns, [K] or of each matrix of a stack [E, K]."""
+def _check_importance(what: str, shape: tuple[int, ...], importance: np.ndarray):
+    """Expect it of the columns, [K], or of those of each matrix of a stack, [E, K]."""
     width = shape[-1]
     if importance.shape not in ((width,), (*shape[:-2], width)):
         raise ConfigError(
             f"{what}: importance: expected it of each column of weights"
             f" {shape}, found {importance.shape}"
         )
-    return importance
 
 
 def _encode(
