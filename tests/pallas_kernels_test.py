@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pallas_matmul_test import EXPERTS, IN, rows, weight
 
+from ds4jax import synthetic
 from ds4jax.model.attention import attend
 from ds4jax.model.hyper import HyperConnection
 from ds4jax.model.layers import RMSNorm
@@ -113,6 +114,16 @@ def test_experts(name, each, dtype):
         spoilt = fix(spoilt, dtype, interpret=True)
         found = experts.matvec(spoilt, w, ids, width, interpret=True)
         assert_copies(found, expected, width)
+
+
+@pytest.mark.parametrize("name", experts.FORMATS)
+def test_experts_of_a_width_that_is_no_power_of_two(name):
+    """Seen red when what is left after whole steps was dropped."""
+    w = synthetic.blocks(jax.random.key(0), name, (2, 8, 3072))
+    x, ids = normal(0, 1, 3072), jnp.asarray([[1, 0]])
+    found = experts.matvec(fix(x, "float32", interpret=True), w, ids, interpret=True)
+    chosen = jax.tree.map(lambda plane: plane[ids], w)
+    check(found, "nui,nuoi->nuo", x[None].repeat(2, 1), chosen, "float32")
 
 
 @pytest.mark.parametrize("hidden", [128, 256])

@@ -52,7 +52,8 @@ def matvec(
     rows, each = expert_ids.shape
     bn, units, warps = tile or default
     operands = arrange(x, w)
-    bn, units = min(bn, n & -n), min(units, operands[-1].shape[2])
+    size = operands[-1].shape[2]
+    bn, units = min(bn, n & -n), min(units, size & -size)
     pairs = rows * each
     out = pl.pallas_call(
         functools.partial(
