@@ -16,7 +16,6 @@ Example:
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from ds4jax import synthetic, xla_flags
 from ds4jax.config import ModelConfig
 from ds4jax.decode import carry as carries
 from ds4jax.experiments import arm_runs, environment
-from ds4jax.files import replacing
+from ds4jax.files import write_table
 from ds4jax.model import deepseek
 
 _OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
@@ -119,10 +118,7 @@ def main(argv: Sequence[str]):
             | {"peak_bytes": stats.get("peak_bytes_in_use", "")}
             | where
         )
-        with replacing(Path(_OUT.value)) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(Path(_OUT.value), table)
     ms = {row["rows"]: float(row["ms"]) for row in table}
     if "1" in ms and "2" in ms:
         r, d = ms["2"] / ms["1"], ms["draft"] / ms["1"]

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from device_time import launches, read_bandwidth
 
 from ds4jax import synthetic, xla_flags
 from ds4jax.experiments import environment
-from ds4jax.files import replacing
+from ds4jax.files import write_table
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.pallas import experts, f16, q8_0
 from ds4jax.pallas.fixed_point import fix
@@ -152,20 +151,13 @@ def main(argv: Sequence[str]):
                 dict(
                     format=format, weight=name, out=n, into=k, groups=groups, rows=rows
                 )
-                | {"rows": rows, "bytes": found["bytes"], "us": f"{found['us']:.2f}"}
+                | {"bytes": found["bytes"], "us": f"{found['us']:.2f}"}
                 | {"share_of_read_bandwidth": f"{share:.3f}"}
                 | {"xla_us": f"{found['xla_us']:.1f}", "error": f"{found['error']:.1e}"}
                 | {"read_tb_per_s": f"{bandwidth / 1e12:.3f}"}
                 | where
             )
-            _write(table)
-
-
-def _write(table: Sequence[dict[str, Any]]):
-    with replacing(Path(_OUT.value)) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+            write_table(Path(_OUT.value), table)
 
 
 if __name__ == "__main__":

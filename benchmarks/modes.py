@@ -9,7 +9,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver, oracles
 from ds4jax.decode.carry import MAX_DEPTH
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
-from ds4jax.files import replacing
+from ds4jax.files import write_table
 from ds4jax.model.deepseek import Model, build
 from ds4jax.tokenizer import Tokenizer
 
@@ -81,10 +80,7 @@ def main(argv: Sequence[str]):
     """Write the table; say so if an exact mode differs from plain decoding."""
     del argv
     table = list(tqdm(rows(), total=len(assets.PROMPTS) * len(MODES)))
-    with replacing(Path(_OUT.value)) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_table(Path(_OUT.value), table)
     plain = {row["prompt"]: row["sha256"] for row in table if row["mode"] == "plain"}
     different = [
         f"{row['prompt']}, {row['mode']} {row['depth']}, {row['verifier']}"

@@ -17,7 +17,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
 import functools
 import os
 import statistics
@@ -38,7 +37,7 @@ from ds4jax.decode.carry import DecodeCarry
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
 from ds4jax.experiments import environment
 from ds4jax.experiments.arm_runs import decode_one_row
-from ds4jax.files import replacing
+from ds4jax.files import write_table
 from ds4jax.hf import exporting
 from ds4jax.model.deepseek import Model, build
 from ds4jax.quant import dequantize
@@ -190,10 +189,7 @@ def main(argv: Sequence[str]):
             f" {PEER} ({row['ratio_min']} to {row['ratio_max']}); "
             + (f"parts at token {part}, gap {gap}" if gap else "the same tokens")
         )
-    with replacing(Path(_OUT.value)) as file, file.open("w", newline="") as lines:
-        writer = csv.DictWriter(lines, table[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
+    write_table(Path(_OUT.value), table)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import jax
 from absl import app, flags
 
 from ds4jax import gguf
-from ds4jax.files import make_folder, replacing
+from ds4jax.files import make_folder
 from ds4jax.model import deepseek
 from ds4jax.tokenizer import Tokenizer
 from ds4jax.train.corpus import Document, read_corpus
@@ -106,10 +105,7 @@ def main(argv: Sequence[str]):
     table = []
     for row in rows(read_corpus(_CORPUS.value)):
         table.append(row)
-        with replacing(Path(_OUT.value)) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_table(Path(_OUT.value), table)
 
 
 if __name__ == "__main__":

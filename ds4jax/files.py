@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ds4jax.errors import FileError
@@ -74,3 +75,15 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         raise FileError(f"{path}: cannot be written: {reason}") from error
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]):
+    """Write rows as CSV, whole or not at all; the first one's keys head the columns.
+
+    Raises:
+      FileError: if it cannot be written.
+    """
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

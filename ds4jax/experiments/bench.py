@@ -21,7 +21,6 @@ Example:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import math
 import sys
@@ -48,7 +47,7 @@ from ds4jax.experiments import (
 )
 from ds4jax.experiments.context_sweep import Point, frontiers, sweep
 from ds4jax.experiments.decoding_flags import Choice
-from ds4jax.files import check_place, replacing
+from ds4jax.files import check_place, replacing, write_table
 from ds4jax.model import deepseek
 
 flags.adopt_module_key_flags(model_flags)
@@ -123,7 +122,7 @@ def main(argv: Sequence[str]):
             print(_line(rows[-1]), flush=True)
             bar.update()
             if _CSV.value:
-                _write(Path(_CSV.value), rows)
+                write_table(Path(_CSV.value), rows)
     if draw and _FIGURE.value:
         with replacing(Path(_FIGURE.value)) as part:
             draw(rows, part)
@@ -282,10 +281,3 @@ def _counted(point: Point) -> dict[str, str]:
 
 def _line(row: Mapping[str, str]) -> str:
     return "  ".join(f"{row[name]:>{width}}" for name, width in _PRINTED.items())
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, str]]):
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
