@@ -82,7 +82,8 @@ def seen():
             note(next(mixtures), x[0], chosen[0])
             return out, chosen
 
-        with pytest.MonkeyPatch.context() as patch:
+        # Watched, for then each layer itself is called.
+        with pytest.MonkeyPatch.context() as patch, watching(lambda *_: None):
             patch.setattr(Linear, "__call__", see_linear)
             patch.setattr(attention, "grouped_matmul", see_grouped)
             patch.setattr(MoE, "__call__", see_mixture)

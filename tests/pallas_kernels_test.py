@@ -11,9 +11,10 @@ import pytest
 from pallas_matmul_test import EXPERTS, IN, rows, weight
 
 from ds4jax import synthetic
-from ds4jax.model.attention import attend
+from ds4jax.model.attention import Source, attend
 from ds4jax.model.hyper import HyperConnection
-from ds4jax.model.layers import RMSNorm
+from ds4jax.model.layers import RMSNorm, rms
+from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, fix
 from ds4jax.pallas.matmul import expert_matmul
@@ -152,31 +153,70 @@ def test_hyper_connection(hidden):
             assert_copies(of_some, of_all, width)
 
 
+@pytest.fixture(scope="module")
+def turns():
+    """Rotations of ROWS rows of 64 channels, half of them rotated, and back."""
+    table = frequencies(
+        models.micro_config(rope_dim=32, index_dim=32), compressed=False
+    )
+    positions = jnp.arange(ROWS)[None] * 37
+    both = [turn(positions[0], table, inverse) for inverse in (False, True)]
+    return positions, table, *both
+
+
+def test_preparing_queries_and_rows(turns):
+    positions, table, there, _ = turns
+    query, row, norm = normal(0, ROWS, 16, 64), normal(1, ROWS, 64), normal(2, 64)
+
+    def run(query, row, width):
+        return attention.prepare(query, row, norm, 1e-6, there, width, interpret=True)
+
+    whole = run(query, row, None)
+    expected = rotate(rms(query, 1e-6), positions[0, :, None], table)
+    np.testing.assert_allclose(whole[0], expected, rtol=1e-5, atol=1e-6)
+    expected = rotate(rms(row, 1e-6) * norm, positions[0], table)
+    np.testing.assert_allclose(whole[1], expected, rtol=1e-5, atol=1e-6)
+    for width in (1, 2, 5):
+        spoilt = (a.at[width:].set(jnp.nan) for a in (query, row))
+        for of_some, of_all in zip(run(*spoilt, width), whole, strict=True):
+            assert_copies(of_some, of_all, width)
+
+
 @DTYPES
-def test_attention(dtype):
-    """Sources shared by the rows and gathered for each, parts of them invisible."""
+def test_attention(turns, dtype):
+    """Rows that all queries see and rows that each chose, parts of them invisible."""
+    positions, table, _, back = turns
     query, sinks = normal(0, ROWS, 16, 64), normal(1, 16)
-    seen = np.random.default_rng(2).random((2, ROWS, 64)) < 0.4
+    draw = np.random.default_rng(2)
+    seen = draw.random((2, ROWS, 64)) < 0.4
     seen[:, 1, 32:] = False
     seen[1, 2] = False
-    sources = [
-        (normal(3, 64, 64), jnp.asarray(seen[0])),
-        (normal(4, ROWS, 32, 64), jnp.asarray(seen[1, :, :32])),
-    ]
-    assert attention.serves(query, sources)
+    raw, compressed = normal(3, 64, 64), normal(4, 96, 64)
+    index = jnp.asarray(draw.integers(48, size=(ROWS, 32)))
+    # Only what nobody may see.
+    raw = raw.at[7].set(jnp.nan)
+    seen[0, :, 7] = False
+    compressed = compressed.at[48:].set(jnp.nan)
+    index = jnp.where(seen[1, :, :32], index, 50)
+    sources = [(raw, jnp.asarray(seen[0]), None)]
+    sources += [(compressed, jnp.asarray(seen[1, :, :32]), index)]
+    assert attention.serves(16, 64, 32, [64, 32])
 
     def run(query, width):
-        return attention.attend(query, sources, sinks, dtype, width, interpret=True)
+        return attention.attend(
+            query, sources, sinks, back, dtype, width, interpret=True
+        )
 
-    expected = attend(
-        query[None], [(r[None], v[None]) for r, v in sources], sinks, dtype
-    )
+    named = [Source(*jax.tree.map(lambda a: a[None], source)) for source in sources]
+    expected = attend(query[None], [source.seen() for source in named], sinks, dtype)
+    expected = rotate(expected, positions[..., None], table, inverse=True)
     whole = run(query, None)
     # Weights are rounded to bfloat16 before and after they are scaled by the peak.
     worst = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
     np.testing.assert_allclose(whole, expected[0], rtol=worst, atol=worst)
     for width in (1, 2, 5):
         found = run(query.at[width:].set(jnp.nan), width)
+        # The copies are rotated as the row they copy.
         assert_copies(found, whole, width)
 
 

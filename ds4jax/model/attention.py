@@ -7,8 +7,11 @@ them (ARCHITECTURE §4).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -23,12 +26,34 @@ from ds4jax.model.cache import (
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
-from ds4jax.model.rope import frequencies, rotate
+from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas.matmul import einsum, grouped_matmul
-from ds4jax.pallas.passes import by_rows
+from ds4jax.pallas.passes import by_kernel, by_rows
 from ds4jax.quant import dequantize
+
+
+class Source(NamedTuple):
+    """Rows to attend to, key and value at once.
+
+    Attributes:
+      rows: [B, C, K], shared by the queries.
+      visible: [B, T, S], which of its S rows a query sees; others may hold anything.
+      index: [B, T, S], which of the C they are; all, in their order, if not given.
+    """
+
+    rows: Float[Array, "B C K"]
+    visible: Bool[Array, "B T S"]
+    index: Int[Array, "B T S"] | None = None
+
+    def seen(self) -> tuple[Float[Array, "..."], Bool[Array, "B T S"]]:
+        """Return rows [B, S, K] or [B, T, S, K], of numbers only, and `visible`."""
+        if self.index is None:
+            return blank_invisible(self.rows, self.visible), self.visible
+        batch = jnp.arange(len(self.rows))[:, None, None]
+        rows = jnp.where(self.visible[..., None], self.rows[batch, self.index], 0)
+        return rows, self.visible
 
 
 def attend(
@@ -49,21 +74,12 @@ def attend(
     gathered = [rows for rows, _ in sources if rows.ndim == 4]
     masks = [visible for _, visible in sources]
 
-    def with_rows(query, *parts):
+    def together(query, *parts):
         own, seen = iter(parts[len(masks) :]), parts[: len(masks)]
         each = [rows if rows.ndim == 3 else next(own) for rows, _ in sources]
-        return query, list(zip(each, seen, strict=True))
+        return _attend(query, list(zip(each, seen, strict=True)), sinks, dtype)
 
-    def together(*parts):
-        return _attend(*with_rows(*parts), sinks, dtype)
-
-    def kernel(width, *parts):
-        query, sources = jax.tree.map(lambda a: a[0], with_rows(*parts))
-        return pallas.attend(query, sources, sinks, dtype, width)[None]
-
-    first = jax.tree.map(lambda a: a[0], (query, sources))
-    served = len(query) == 1 and pallas.serves(*first)
-    return by_rows(together, query, *masks, *gathered, cuda=kernel if served else None)
+    return by_rows(together, query, *masks, *gathered)
 
 
 def _attend(query, sources, sinks, dtype):
@@ -126,58 +142,100 @@ class Attention(nnx.Module):
           rows exist than it may pick), else None.
         """
         c = self.config
-        table = frequencies(c, compressed=bool(self.ratio))
-        keep = lambda row: row  # noqa: E731
-        if c.kv_rounding == "ds4":
-            keep = lambda row: round_kv(row, c.rope_dim)  # noqa: E731
-
         q_lora = self.q_norm(self.q_a(x))
         query = self.q_b(q_lora).reshape(*x.shape[:2], c.heads, c.head_dim)
-        query = rotate(rms(query, c.rms_eps), rows.positions[..., None], table)
+        query, row = self._prepare(query, self.kv(x), rows)
 
-        row = keep(rotate(self.kv_norm(self.kv(x)), rows.positions, table))
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
         age = rows.positions[..., None] - view.positions[:, None]
         visible = (view.positions[:, None] >= 0) & (age >= 0) & (age < c.window)
-        sources = [(blank_invisible(view.rows, visible), visible)]
+        sources = [Source(view.rows, visible)]
 
         compressor, indexer, chosen = None, None, None
         if self.ratio:
             compressed, compressor = self.compressor(
-                x, cache and cache.compressor, rows, keep
+                x, cache and cache.compressor, rows, self._keep
             )
-            visible = finished(rows, self.ratio, compressed.shape[1])
-            compressed = blank_invisible(compressed, visible)
             if self.ratio == CSA_RATIO:
                 index, picked, indexer = self.indexer(
                     x, q_lora, cache and cache.indexer, rows
                 )
                 chosen = jnp.where(picked, index, -1)
-                compressed, visible = self._choose(compressed, index, picked, rows)
-            sources.append((compressed, visible))
+                sources.append(_choose(compressed, index, picked, rows))
+            else:
+                visible = finished(rows, self.ratio, compressed.shape[1])
+                sources.append(Source(compressed, visible))
 
-        heads = attend(query, sources, self.sinks.get_value(), c.dtype)
-        heads = rotate(heads, rows.positions[..., None], table, inverse=True)
+        heads = self._attend(query, sources, rows.positions)
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
 
-    def _choose(self, compressed, index, picked, rows):
-        """Narrow the compressed rows to the indexer's choice.
+    @property
+    def table(self) -> np.ndarray:
+        """The frequencies of the layer's rotations."""
+        return frequencies(self.config, compressed=bool(self.ratio))
 
-        A decode pass gathers them, so its cost does not grow with the context; a
-        longer pass masks the others, which costs less than a gather per query.
-        """
-        if rows.is_decode:
-            batch = jnp.arange(compressed.shape[0])[:, None, None]
-            return compressed[batch, index], picked
-        capacity = compressed.shape[1]
-        batch = jnp.arange(compressed.shape[0])[:, None, None]
-        row = jnp.arange(rows.width)[:, None]
-        mask = jnp.zeros((*index.shape[:2], capacity), bool)
-        return compressed, mask.at[batch, row, jnp.where(picked, index, capacity)].set(
-            True, mode="drop"
-        )
+    def _keep(self, row):
+        """Return a row as the cache is to have it."""
+        ds4 = self.config.kv_rounding == "ds4"
+        return round_kv(row, self.config.rope_dim) if ds4 else row
+
+    def _prepare(self, query, row, rows):
+        """Norm and rotate queries [B, T, H, K] and the rows [B, T, K] to be kept."""
+        c = self.config
+
+        def prepare(query, row, positions):
+            query = rotate(rms(query, c.rms_eps), positions[..., None], self.table)
+            return query, self._keep(rotate(self.kv_norm(row), positions, self.table))
+
+        def kernel(width, query, row, positions):
+            norm, turned = self.kv_norm.weight.get_value(), turn(positions, self.table)
+            operands = jax.tree.map(lambda a: a[0], (query, row, turned))
+            query, row, turned = operands
+            found = pallas.prepare(query, row, norm, c.rms_eps, turned, width)
+            return tuple(a[None] for a in found)
+
+        served = c.kv_rounding == "none" and self._is_served([])
+        cuda = kernel if served else None
+        return by_kernel(prepare, query, row, rows.positions, cuda=cuda)
+
+    def _attend(self, query, sources, positions):
+        """Return what each head makes of all sources, rotated back."""
+        c, sinks = self.config, self.sinks.get_value()
+
+        def over_all(query, sources, positions):
+            heads = attend(query, [source.seen() for source in sources], sinks, c.dtype)
+            return rotate(heads, positions[..., None], self.table, inverse=True)
+
+        def kernel(width, query, sources, positions):
+            turned = turn(positions, self.table, inverse=True)
+            operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
+            query, sources, turned = operands
+            return pallas.attend(query, sources, sinks, turned, c.dtype, width)[None]
+
+        cuda = kernel if self._is_served(sources) else None
+        return by_kernel(over_all, query, sources, positions, cuda=cuda)
+
+    def _is_served(self, sources):
+        c, sizes = self.config, [source.visible.shape[-1] for source in sources]
+        return pallas.serves(c.heads, c.head_dim, c.rope_dim, sizes)
+
+
+def _choose(compressed, index, picked, rows):
+    """Narrow the compressed rows to the indexer's choice.
+
+    A decode pass gathers them, so its cost does not grow with the context; a longer
+    pass masks the others, which costs less than a gather per query.
+    """
+    if rows.is_decode:
+        return Source(compressed, picked, index)
+    capacity = compressed.shape[1]
+    batch = jnp.arange(compressed.shape[0])[:, None, None]
+    row = jnp.arange(rows.width)[:, None]
+    mask = jnp.zeros((*index.shape[:2], capacity), bool)
+    index = jnp.where(picked, index, capacity)
+    return Source(compressed, mask.at[batch, row, index].set(True, mode="drop"))

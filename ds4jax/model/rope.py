@@ -62,3 +62,17 @@ def rotate(
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return jnp.concatenate([kept, turned.reshape(*x.shape[:-1], rope_dim)], axis=-1)
+
+
+def turn(
+    positions: Int[Array, "*rows"], frequencies: np.ndarray, inverse: bool = False
+) -> tuple[Float[Array, "*rows R"], Float[Array, "*rows R"]]:
+    """Return what the kernels rotate by, a cosine and a sine for each channel.
+
+    `rotate` makes of a channel that times the cosine plus the other channel of its pair
+    times the sine.
+    """
+    angle = positions[..., None].astype(jnp.float32) * frequencies
+    sin = jnp.sin(angle)
+    signed = jnp.stack([sin, -sin] if inverse else [-sin, sin], axis=-1)
+    return jnp.repeat(jnp.cos(angle), 2, axis=-1), signed.reshape(*angle.shape[:-1], -1)

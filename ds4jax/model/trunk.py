@@ -19,7 +19,7 @@ from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
 from ds4jax.model.hyper import HyperConnection, HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.passes import DecodePass, is_watched, traced_once, within
 from ds4jax.quant import dequantize
 
 
@@ -77,12 +77,23 @@ class Layer(nnx.Module):
         rows: Rows,
     ):
         """Return (streams, cache, chosen experts, the indexer's choice or None)."""
+        args = streams, tokens, cache, rows
+        if is_watched():
+            return self.run(*args)
+        return traced_once(_run_layer, *nnx.split(self), *args)
+
+    def run(self, streams, tokens, cache, rows):
+        """Do what a call does."""
         x, post, mix = self.hc_attn(streams, self.attn_norm)
         y, cache, selected = self.attention(x, cache, rows)
         streams = self.hc_attn.merge(streams, y, post, mix)
         x, post, mix = self.hc_ffn(streams, self.ffn_norm)
         y, experts = self.moe(x, tokens)
         return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
+
+
+def _run_layer(definition, weights, *args):
+    return nnx.merge(definition, weights).run(*args)
 
 
 def under_contract(width: int, cache: Cache | None, exact: bool = True) -> bool:

@@ -1,8 +1,9 @@
-"""Attention of a few rows over shared and over gathered rows, on NVIDIA GPUs.
+"""Attention of a few rows over shared and over chosen rows, on NVIDIA GPUs.
 
-Each source is cut into parts of a fixed size, and programs take a part each, for their
-softmax and its sums; one more kernel puts the parts of all sources together in their
-order.  What is multiplied and in what order depends on the sources' sizes alone.
+One launch norms and rotates queries and keys.  Then each source is cut into parts of a
+fixed size, and programs take a part each, for its softmax and its sums; one more launch
+puts the parts of all sources together in their order and rotates back.  What is
+multiplied and in what order depends on the sources' sizes alone.
 """
 
 from __future__ import annotations
@@ -13,140 +14,263 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 _PART = 32
 """Rows of a part."""
 
-_MOST_PARTS = 32
-"""Of a source: what `_together_kernel` has registers for."""
+_MOST_PARTS = 64
+"""Of all sources together: what `_together_kernel` has registers for."""
+
+_CHANNELS = 128
+"""Of a product's operands at a time: more take all the memory that programs share."""
 
 _HEADS = 16
-"""Query heads of a program, the fewest that matrix units take at a time."""
+"""Query heads of a program that attends, the fewest that matrix units take."""
 
-Source = tuple[Float[Array, "..."], Bool[Array, "T _"]]
-"""Rows [S, K] shared by the queries or [T, S, K], and which are visible."""
+_HEADS_TO_PREPARE = 4
+"""Query heads of a program that norms and rotates."""
 
 
-def serves(query: Float[Array, "T H K"], sources: list[Source]) -> bool:
-    """Say whether `attend` is for queries and sources of these sizes."""
-    _, heads, k = query.shape
-    sizes = (rows.shape[-2] for rows, _ in sources)
+Source = tuple[Float[Array, "_ K"], Bool[Array, "T _"], Int[Array, "T _"] | None]
+"""Rows as of `model.attention.Source`, of one sequence."""
+
+Turn = tuple[Float[Array, "T R"], Float[Array, "T R"]]
+"""A rotation of the last R channels, see `model.rope.turn`."""
+
+
+def serves(heads: int, k: int, rope_dim: int, sizes: list[int]) -> bool:
+    """Say whether `prepare` and `attend` are for this, and sources of S rows each."""
     parts = [size / _PART for size in sizes]
-    whole = all(part in range(1, _MOST_PARTS + 1) for part in parts)
-    return whole and heads % _HEADS == 0 and k & (k - 1) == 0 and k >= 16
+    whole = all(part.is_integer() for part in parts) and sum(parts) <= _MOST_PARTS
+    powers = all(size & (size - 1) == 0 for size in (k, rope_dim))
+    return whole and heads % _HEADS == 0 and powers and k >= 16
+
+
+def prepare(
+    query: Float[Array, "T H K"],
+    row: Float[Array, "T K"],
+    norm: Float[Array, "K"],
+    eps: float,
+    turn: Turn,
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "T H K"], Float[Array, "T K"]]:
+    """Return queries normed by head and rotated, and rows normed and rotated.
+
+    Args:
+      query, row: what their projections give.
+      norm: weight of the rows' RMS norm.
+      eps: of both norms.
+      turn: the rotation.
+      width: how many rows, the first ones, are not copies of the last of these.
+      interpret: without a GPU.
+    """
+    heads = query.shape[1]
+    return pl.pallas_call(
+        functools.partial(_prepare_kernel, eps=eps, width=width or len(query)),
+        grid=(len(query), heads // _HEADS_TO_PREPARE + 1),
+        out_shape=(
+            jax.ShapeDtypeStruct(query.shape, jnp.float32),
+            jax.ShapeDtypeStruct(row.shape, jnp.float32),
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=2),
+        interpret=interpret,
+        name="attend_prepare",
+    )(query, row, norm, *turn)
+
+
+def _prepare_kernel(
+    query_ref,  # [T, H, K]
+    row_ref,  # [T, K]
+    norm_ref,  # [K]
+    cos_ref,  # [T, R]
+    sin_ref,  # [T, R]
+    query_out_ref,  # [T, H, K]
+    row_out_ref,  # [T, K]
+    *, eps, width,
+):  # fmt: skip
+    row, block = pl.program_id(0), pl.program_id(1)
+    read, k = jnp.minimum(row, width - 1), row_ref.shape[1]
+    own = pl.ds(block * _HEADS_TO_PREPARE, _HEADS_TO_PREPARE)
+    turn = cos_ref[read, :], sin_ref[read, :]
+
+    @pl.when(block < pl.num_programs(1) - 1)
+    def _query():
+        inverse = _inverse(query_ref[read, own, :], eps)[:, None]
+        heads = (block * _HEADS_TO_PREPARE + jnp.arange(_HEADS_TO_PREPARE))[:, None]
+
+        def store(channels, value):
+            query_out_ref[row, own, channels] = value
+
+        _rotate(lambda at: query_ref[read, heads, at[None]] * inverse, store, k, turn)
+
+    @pl.when(block == pl.num_programs(1) - 1)
+    def _row():
+        inverse = _inverse(row_ref[read, :], eps)
+
+        def store(channels, value):
+            row_out_ref[row, channels] = value
+
+        _rotate(lambda at: row_ref[read, at] * inverse * norm_ref[at], store, k, turn)
+
+
+def _inverse(x, eps):
+    return 1 / jnp.sqrt(jnp.sum(x * x, -1) / x.shape[-1] + eps)
+
+
+def _rotate(load, store, k, turn):
+    """Store the K channels that `load(channels)` gives, the last R of them rotated."""
+    cos, sin = turn
+    (r,) = cos.shape
+    # All loads come first: none may pass a store, and each would wait for the last.
+    pieces = [load(at + jnp.arange(r)) for at in range(0, k, r)]
+    other = load(k - r + (jnp.arange(r) ^ 1))
+    pieces[-1] = pieces[-1] * cos + other * sin
+    for number, piece in enumerate(pieces):
+        store(pl.ds(number * r, r), piece)
 
 
 def attend(
     query: Float[Array, "T H K"],
     sources: list[Source],
     sinks: Float[Array, "H"],
+    turn: Turn,
     dtype: str,
     width: int | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "T H K"]:
-    """Return `model.attention.attend` of one sequence, float32.
+    """Return one softmax-weighted sum over all sources, rotated, float32.
 
     Args:
       query: rotated queries.
-      sources: as above.
+      sources: what they see.
       sinks: a logit per head that takes probability and gives no value.
+      turn: of the results.
       dtype: operand type of the two products.
       width: how many rows, the first ones, are not copies of the last of these.
       interpret: without a GPU.
     """
-    width = width or len(query)
-    parts = [
-        _parts(query, rows, visible, dtype, width, interpret)
-        for rows, visible in sources
-    ]
-    heads, k = query.shape[1:]
-    return pl.pallas_call(
-        functools.partial(_together_kernel, width=width),
-        grid=(len(query), heads),
-        out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-        name="attend_together",
-    )(sinks, *(array for part in parts for array in part))
-
-
-def _parts(query, rows, visible, dtype, width, interpret):
-    heads, k = query.shape[1:]
-    parts = rows.shape[-2] // _PART
-    shape = parts, width, heads
-    return pl.pallas_call(
-        functools.partial(_part_kernel, dtype=dtype, shared=rows.ndim == 2),
-        grid=(parts, heads // _HEADS, width),
+    width, (rows, heads, k) = width or len(query), query.shape
+    ends = [0]
+    for _, visible, _ in sources:
+        ends.append(ends[-1] + visible.shape[1] // _PART)
+    shape = ends[-1], width, heads
+    call = functools.partial(pl.pallas_call, interpret=interpret)
+    parts = call(
+        functools.partial(
+            _part_kernel, ends=ends, dtype=dtype,
+            chosen=[index is not None for _, _, index in sources],
+        ),
+        grid=(ends[-1], heads // _HEADS, width),
         out_shape=(
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct(shape, jnp.float32),
             jax.ShapeDtypeStruct((*shape, k), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        interpret=interpret,
-        name=f"attend_{parts}",
-    )(query, rows, visible)
+        compiler_params=plgpu.CompilerParams(num_warps=8),
+        name="attend_parts",
+    )(query, *jax.tree.leaves(sources))  # fmt: skip
+    return call(
+        functools.partial(_together_kernel, copies=rows - width),
+        grid=(width, heads, k // turn[0].shape[1]),
+        out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=2),
+        name="attend_together",
+    )(sinks, *turn, *parts)
 
 
 def _part_kernel(
     query_ref,  # [T, H, K]
-    rows_ref,  # [S, K] or [T, S, K]
-    visible_ref,  # [T, S]
-    peak_ref,  # [parts, width, H]
-    total_ref,  # [parts, width, H]
-    summed_ref,  # [parts, width, H, K]
-    *, dtype, shared,
+    *refs,  # of each source its rows, what is visible and, if chosen, the index; then
+    # peak and total [parts, width, H], summed [parts, width, H, K]
+    ends, chosen, dtype,
 ):  # fmt: skip
     part, row = pl.program_id(0), pl.program_id(2)
     heads = pl.ds(pl.program_id(1) * _HEADS, _HEADS)
-    own = pl.ds(part * _PART, _PART)
-    rows = (rows_ref[own, :] if shared else rows_ref[row, own, :]).astype(dtype)
-    query = query_ref[row, heads, :]
+    *refs, peak_ref, total_ref, summed_ref = refs
+    refs, k = iter(refs), query_ref.shape[2]
+    size = min(k, _CHANNELS)
+    blocks = range(0, k, size)
     product = functools.partial(
         jax.lax.dot_general,
         precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
         preferred_element_type=jnp.float32,
     )
-    logits = product(query.astype(dtype), rows, (((1,), (1,)), ((), ())))
-    logits = logits * query_ref.shape[2] ** -0.5
-    logits = jnp.where(visible_ref[row, own][None], logits, -jnp.inf)
-    # Finite, for parts of which nothing is visible.
-    peak = jnp.maximum(jnp.max(logits, -1), -1e30)
-    weight = jnp.exp(logits - peak[:, None])
-    peak_ref[part, row, heads] = peak
-    total_ref[part, row, heads] = jnp.sum(weight, -1)
-    summed = product(weight.astype(dtype), rows, (((1,), (0,)), ((), ())))
-    summed_ref[part, row, heads, :] = summed
+    for start, end, is_chosen in zip(ends, ends[1:], chosen, strict=False):
+        rows_ref, visible_ref = next(refs), next(refs)
+        index_ref = next(refs) if is_chosen else None
+
+        @pl.when((start <= part) & (part < end))
+        def _add(start=start, rows=rows_ref, visible=visible_ref, index=index_ref):
+            own = pl.ds((part - start) * _PART, _PART)
+            seen = visible[row, own]
+            of = own if index is None else index[row, own][:, None]
+
+            def values(at):
+                channels = pl.ds(at, size)
+                if index is not None:
+                    channels = (at + jnp.arange(size))[None]
+                # Zero times what an unseen row holds may be no number.
+                return jnp.where(seen[:, None], rows[of, channels], 0).astype(dtype)
+
+            held = [values(at) for at in blocks]
+            logits = jnp.zeros((_HEADS, _PART), jnp.float32)
+            for at, some in zip(blocks, held, strict=True):
+                query = query_ref[row, heads, pl.ds(at, size)].astype(dtype)
+                logits += product(query, some, (((1,), (1,)), ((), ())))
+            logits = jnp.where(seen[None], logits * k**-0.5, -jnp.inf)
+            # Finite, for parts of which nothing is visible.
+            peak = jnp.maximum(jnp.max(logits, -1), -1e30)
+            weight = jnp.exp(logits - peak[:, None])
+            peak_ref[part, row, heads] = peak
+            total_ref[part, row, heads] = jnp.sum(weight, -1)
+            weight = weight.astype(dtype)
+            for at, some in zip(blocks, held, strict=True):
+                summed = product(weight, some, (((1,), (0,)), ((), ())))
+                summed_ref[part, row, heads, pl.ds(at, size)] = summed
 
 
 def _together_kernel(
     sinks_ref,  # [H]
-    *refs,  # of each source peak, total [parts, width, H], summed [parts, width, H, K];
-    # the last is of the output [T, H, K]
-    width,
-):
-    *refs, out_ref = refs
-    row, head = pl.program_id(0), pl.program_id(1)
-    read = jnp.minimum(row, width - 1)
-    sources = []
-    for peak_ref, total_ref, summed_ref in zip(*[iter(refs)] * 3, strict=True):
-        size = pl.next_power_of_2(peak_ref.shape[0])
-        part = jnp.minimum(jnp.arange(size), peak_ref.shape[0] - 1)
-        real = jnp.arange(size) < peak_ref.shape[0]
-        peak = jnp.where(real, peak_ref[part, read, head], -jnp.inf)
-        total = total_ref[part, read, head]
-        summed = summed_ref[
-            part[:, None], read, head, jnp.arange(out_ref.shape[2])[None]
-        ]
-        sources.append((peak, total, summed))
-    highest = sink = sinks_ref[head]
-    for peak, _, _ in sources:
-        highest = jnp.maximum(highest, jnp.max(peak))
-    total, summed = jnp.exp(sink - highest), jnp.zeros(out_ref.shape[2], jnp.float32)
-    for peak, totals, sums in sources:
-        weight = jnp.exp(peak - highest)
-        total += jnp.sum(weight * totals)
-        summed += jnp.sum(weight[:, None] * sums, 0)
-    out_ref[row, head, :] = summed / total
+    cos_ref,  # [T, R]
+    sin_ref,  # [T, R]
+    peak_ref,  # [parts, width, H]
+    total_ref,  # [parts, width, H]
+    summed_ref,  # [parts, width, H, K]
+    out_ref,  # [T, H, K]
+    *, copies,
+):  # fmt: skip
+    row, head, block = (pl.program_id(axis) for axis in range(3))
+    parts, r = len(peak_ref), cos_ref.shape[1]
+    size = pl.next_power_of_2(parts)
+    part = jnp.minimum(jnp.arange(size), parts - 1)
+    peak = jnp.where(jnp.arange(size) < parts, peak_ref[part, row, head], -jnp.inf)
+    sink = sinks_ref[head]
+    highest = jnp.maximum(sink, jnp.max(peak))
+    share = jnp.exp(peak - highest)
+    total = jnp.sum(share * total_ref[part, row, head]) + jnp.exp(sink - highest)
+    share = (share / total)[:, None]
+
+    def load(flip):
+        channels = block * r + (jnp.arange(r) ^ flip)
+        return jnp.sum(share * summed_ref[part[:, None], row, head, channels[None]], 0)
+
+    def store(value):
+        own = pl.ds(block * r, r)
+        out_ref[row, head, own] = value
+
+        @pl.when(row == pl.num_programs(0) - 1)
+        def _copy():
+            for more in range(1, copies + 1):
+                out_ref[row + more, head, own] = value
+
+    @pl.when(block < pl.num_programs(2) - 1)
+    def _keep():
+        store(load(0))
+
+    @pl.when(block == pl.num_programs(2) - 1)
+    def _turn():
+        store(load(0) * cos_ref[row, :] + load(1) * sin_ref[row, :])

@@ -69,7 +69,7 @@ def read(
             jax.ShapeDtypeStruct((rows, m), jnp.float32),
             jax.ShapeDtypeStruct((rows, m, m), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=8),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_mix",
     )(streams, maps, squares, base, scale, norm)
 
@@ -121,24 +121,45 @@ def _mix_kernel(
     def _weights():
         each = jnp.arange(m)
         post_ref[row, :] = 2 * jax.nn.sigmoid(maps(1, m + each))
-        logits = maps(2, 2 * m + m * each[:, None] + each[None])
-        mix_ref[row, :, :] = _sinkhorn(logits, c.sinkhorn_iters, c.hc_eps)
+        logits = maps(2, 2 * m + jnp.arange(m * m))
+        for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
+            mix_ref[row, place // m, place % m] = value
 
     @pl.when(pl.program_id(1) == 1)
     def _input():
+        streams = streams_ref[read, :, :]
         pre = jax.nn.sigmoid(maps(0, jnp.arange(m))) + c.hc_eps
-        x = jnp.sum(pre[:, None] * streams_ref[read, :, :], 0)
+        x = jnp.sum(pre[:, None] * streams, 0)
         mean = jnp.sum(x * x) / d
         out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm_ref[:]
 
 
-def _sinkhorn(logits, iterations, eps):
-    mix = jnp.exp(logits - jnp.max(logits, -1)[:, None])
-    mix = mix / jnp.sum(mix, -1)[:, None] + eps
-    mix = mix / (jnp.sum(mix, 0)[None] + eps)
+def _sinkhorn(logits, m, iterations, eps):
+    """Return the M^2 numbers of the matrix, each by itself.
 
-    def rows_then_columns(_, mix):
-        mix = mix / (jnp.sum(mix, -1)[:, None] + eps)
-        return mix / (jnp.sum(mix, 0)[None] + eps)
+    Every thread then computes all of them: sums along an axis of an array would have
+    threads wait for each other forty times.
+    """
+    place = jnp.arange(m * m)
+    cells = [jnp.sum(jnp.where(place == at, logits, 0)) for at in range(m * m)]
+    rows = [range(m * i, m * i + m) for i in range(m)]
+    columns = [range(j, m * m, m) for j in range(m)]
 
-    return jax.lax.fori_loop(0, iterations - 1, rows_then_columns, mix)
+    def normalize(cells, lines, eps):
+        scaled = list(cells)
+        for line in lines:
+            inverse = 1 / (sum(cells[at] for at in line) + eps)
+            for at in line:
+                scaled[at] = cells[at] * inverse
+        return scaled
+
+    def rows_then_columns(_, cells):
+        return tuple(normalize(normalize(cells, rows, eps), columns, eps))
+
+    for line in rows:
+        peak = functools.reduce(jnp.maximum, [cells[at] for at in line])
+        for at in line:
+            cells[at] = jnp.exp(cells[at] - peak)
+    cells = [cell + eps for cell in normalize(cells, rows, 0)]
+    cells = tuple(normalize(cells, columns, eps))
+    return jax.lax.fori_loop(0, iterations - 1, rows_then_columns, cells)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jaxtyping import Array, Int, PyTree
 
 from ds4jax.quant import QuantTensor
@@ -54,7 +55,8 @@ def tell(x: Array, w: Weight, expert_ids: Array | None = None):
         report(x, w, expert_ids)
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
+@no_type_check
 class DecodePass:
     """What is known of a decode pass while it is traced; its operands are [1, T, ...].
 
@@ -63,7 +65,7 @@ class DecodePass:
       own: of those, how many have to be computed: a value, of which no shape depends.
     """
 
-    width: int
+    width: int = struct.field(pytree_node=False)
     own: Int[Array, ""]
 
 
@@ -84,6 +86,26 @@ def within(decode_pass: DecodePass | None) -> Iterator[None]:
         yield
     finally:
         _decode_pass.reset(token)
+
+
+def traced_once(run: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Return `run(*args)`; what is called so again with such operands is known by then.
+
+    The layers of a model are few kinds of layer, and to trace and lower one takes
+    longer than to compile it.  XLA puts the calls back in place first of all.  Who
+    watches the products would miss those of the second call.
+
+    Args:
+      run: a function of a module, which holds nothing that is being traced.
+      args: all that it computes from, but for the decode pass.
+    """
+    return _run_within(run, _decode_pass.get(), *args)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_within(run, decode_pass, *args):
+    with within(decode_pass):
+        return run(*args)
 
 
 def by_rows(
@@ -122,7 +144,7 @@ def by_rows(
 
 def by_kernel(
     product: Callable[..., PyTree],
-    *rows: Array,
+    *rows: PyTree,
     cuda: Callable[..., PyTree] | None,
     cpu: Callable[..., PyTree] | None = None,
 ) -> PyTree:
