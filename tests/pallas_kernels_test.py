@@ -15,7 +15,7 @@ from ds4jax.model.attention import Source, attend
 from ds4jax.model.hyper import HyperConnection
 from ds4jax.model.layers import RMSNorm, rms
 from ds4jax.model.rope import frequencies, rotate, turn
-from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0
+from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0, router
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, fix
 from ds4jax.pallas.matmul import expert_matmul
 from ds4jax.quant import dequantize
@@ -177,7 +177,7 @@ def test_preparing_queries_and_rows(turns):
     expected = rotate(rms(row, 1e-6) * norm, positions[0], table)
     np.testing.assert_allclose(whole[1], expected, rtol=1e-5, atol=1e-6)
     for width in (1, 2, 5):
-        spoilt = (a.at[width:].set(jnp.nan) for a in (query, row))
+        spoilt = query.at[width:].set(jnp.nan), row.at[width:].set(jnp.nan)
         for of_some, of_all in zip(run(*spoilt, width), whole, strict=True):
             assert_copies(of_some, of_all, width)
 
@@ -218,6 +218,29 @@ def test_attention(turns, dtype):
         found = run(query.at[width:].set(jnp.nan), width)
         # The copies are rotated as the row they copy.
         assert_copies(found, whole, width)
+
+
+def test_the_router():
+    """Seen red with ties going to the highest index."""
+    experts, used = 16, 6
+    logits = jnp.round(normal(0, ROWS, experts))  # Ties among them.
+    bias = jnp.round(normal(1, experts))
+
+    def run(logits, width):
+        sizes = used, 1.5, 2.0**-14
+        return router.choose(logits, bias, *sizes, width, interpret=True)
+
+    prob = jnp.sqrt(jax.nn.softplus(logits))
+    _, chosen = jax.lax.top_k(prob + bias, used)
+    picked = jnp.take_along_axis(prob, chosen, axis=-1)
+    whole = run(logits, None)
+    same(whole[0], chosen)
+    expected = picked / picked.sum(-1, keepdims=True) * 1.5
+    np.testing.assert_allclose(whole[1], expected, rtol=1e-6)
+    for width in (1, 2, 5):
+        found = run(logits.at[width:].set(jnp.nan), width)
+        for of_some, of_all in zip(found, whole, strict=True):
+            assert_copies(of_some, of_all, width)
 
 
 def test_a_weight_without_a_kernel_is_refused():

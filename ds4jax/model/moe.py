@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
+from ds4jax.pallas import router
 from ds4jax.pallas.matmul import (
     Implementation,
     every_expert_matmul,
@@ -20,7 +21,7 @@ from ds4jax.pallas.matmul import (
     experts_in_groups,
     has_expert_kernel,
 )
-from ds4jax.pallas.passes import by_rows, is_watched
+from ds4jax.pallas.passes import by_kernel, by_rows, is_watched
 from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
@@ -83,15 +84,32 @@ class MoE(nnx.Module):
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
     ) -> tuple[Int[Array, "B T U"], Float[Array, "B T U"]]:
         """Return the chosen experts, best first, and their weights."""
-        c = self.config
-        prob = jnp.sqrt(jax.nn.softplus(self.router(x)))
+        logits = self.router(x)
         if self.hashed:
             chosen = jax.tree.map(lambda table: table[tokens], self.table.get_value())
-        else:
-            _, chosen = jax.lax.top_k(prob + self.bias.get_value(), c.experts_used)
+            prob = jnp.sqrt(jax.nn.softplus(logits))
+            return chosen, self._share(prob, chosen)
+        c, bias = self.config, self.bias.get_value()
+
+        def choose(logits):
+            prob = jnp.sqrt(jax.nn.softplus(logits))
+            _, chosen = jax.lax.top_k(prob + bias, c.experts_used)
+            return chosen, self._share(prob, chosen)
+
+        def kernel(width, logits):
+            sizes = c.experts_used, c.routed_scale, _SMALLEST_TOTAL
+            found = router.choose(logits[0], bias, *sizes, width)
+            return tuple(a[None] for a in found)
+
+        cuda = kernel if router.serves(c.experts) else None
+        return by_kernel(choose, logits, cuda=cuda)
+
+    def _share(self, prob, chosen):
+        """Return the weights of the chosen experts."""
         picked = jnp.take_along_axis(prob, chosen, axis=-1)
         total = jnp.sum(picked, axis=-1, keepdims=True)
-        return chosen, picked / jnp.maximum(total, _SMALLEST_TOTAL) * c.routed_scale
+        total = jnp.maximum(total, _SMALLEST_TOTAL)
+        return picked / total * self.config.routed_scale
 
     def _chosen(self, x, chosen, share, width: int | None = None):
         """Sum the chosen experts in slot order and no other (by kernel: `width`)."""

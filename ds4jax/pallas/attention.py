@@ -9,6 +9,7 @@ multiplied and in what order depends on the sources' sizes alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def _rotate(load, store, k, turn):
 
 def attend(
     query: Float[Array, "T H K"],
-    sources: list[Source],
+    sources: Sequence[Source],
     sinks: Float[Array, "H"],
     turn: Turn,
     dtype: str,

@@ -1,0 +1,82 @@
+"""A router's choice of experts for a few rows, on NVIDIA GPUs, in one launch.
+
+XLA sorts all the experts for the best few, which takes four launches.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+
+def serves(experts: int) -> bool:
+    """Say whether `choose` is for so many experts."""
+    return experts & (experts - 1) == 0
+
+
+def choose(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, "E"],
+    used: int,
+    scale: float,
+    smallest: float,
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[Int[Array, "T U"], Float[Array, "T U"]]:
+    """Return the experts of each row, best first, and their weights: `MoE.route`.
+
+    Args:
+      logits: of the router.
+      bias: takes part in the choice only.
+      used: U, experts a row.
+      scale: of the weights.
+      smallest: the least total that they are divided by.
+      width: how many rows, the first ones, are not copies of the last of these.
+      interpret: without a GPU.
+    """
+    shape = len(logits), used
+    return pl.pallas_call(
+        functools.partial(
+            _kernel, scale=scale, smallest=smallest, width=width or len(logits)
+        ),
+        grid=(len(logits),),
+        out_shape=(
+            jax.ShapeDtypeStruct(shape, jnp.int32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+        interpret=interpret,
+        name="route",
+    )(logits, bias)
+
+
+def _kernel(
+    logits_ref,  # [T, E]
+    bias_ref,  # [E]
+    chosen_ref,  # [T, U]
+    share_ref,  # [T, U]
+    *, scale, smallest, width,
+):  # fmt: skip
+    row = pl.program_id(0)
+    logits = logits_ref[jnp.minimum(row, width - 1), :]
+    softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    prob = jnp.sqrt(softplus)
+    expert, left = jnp.arange(len(prob)), prob + bias_ref[:]
+    chosen, picked = [], []
+    for _ in range(chosen_ref.shape[1]):
+        # Ties go to the lowest index; and of no numbers at all, the last is an expert.
+        ties = jnp.where(left == jnp.max(left), expert, len(prob) - 1)
+        best = jnp.min(ties)
+        chosen.append(best)
+        picked.append(jnp.sum(jnp.where(expert == best, prob, 0)))
+        left = jnp.where(expert == best, -jnp.inf, left)
+    total = jnp.maximum(sum(picked), smallest)
+    for place, (best, value) in enumerate(zip(chosen, picked, strict=True)):
+        chosen_ref[row, place] = best
+        share_ref[row, place] = value / total * scale
