@@ -19,7 +19,8 @@ from ds4jax.experiments.decoding_flags import Choice
 
 _REPLAY = flags.DEFINE_list(
     "replay", None,
-    "Decode plainly, then replay that text as drafts, of which these shares are right.",
+    "Decode plainly, then replay that text as drafts: right in these shares, which of"
+    " them by --seed.",
 )  # fmt: skip
 _MODES = flags.DEFINE_list(
     "replay_modes", None,
