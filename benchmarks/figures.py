@@ -1,4 +1,4 @@
-"""Write the report and figures of the checked-in ablation anew, and README's tables.
+"""Write the reports and figures of checked-in measurements anew, and README's tables.
 
 Nothing is measured: the runs are those of
 benchmarks/results/tiny_model/ablation/runs.csv, which
@@ -6,8 +6,9 @@ benchmarks/results/tiny_model/ablation/runs.csv, which
     ds4jax ablate --config=configs/ablation_depth.py \\
         --out=benchmarks/results/tiny_model/ablation
 
-makes, and of modes.csv beside that folder, which benchmarks/modes.py makes.  Each of
-README's tables stands between two comments that name this file.
+makes, of modes.csv beside that folder, which benchmarks/modes.py makes, and of the
+tables that benchmarks/flash_report.py names.  Each of README's tables stands between
+two comments that name this file.
 
 Example:
     python benchmarks/figures.py
@@ -19,6 +20,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import flash_report
 from absl import app
 
 from ds4jax.decode.carry import MAX_DEPTH
@@ -33,11 +35,12 @@ from ds4jax.files import replacing
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks/results/tiny_model/ablation"
 MODES = FOLDER.parent / "modes.csv"
+FLASH = ROOT / "benchmarks/results/flash"
 
 
-def read_modes() -> list[dict[str, str]]:
-    """Return the rows of modes.csv."""
-    with MODES.open(newline="") as lines:
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table."""
+    with path.open(newline="") as lines:
         return list(csv.DictReader(lines))
 
 
@@ -92,8 +95,11 @@ def headline(runs: Sequence[Run]) -> str:
 
 
 def with_tables(page: str, runs: Sequence[Run]) -> str:
-    """Return README with the tables of these runs and of modes.csv."""
-    for name, found in (("modes", modes(read_modes())), ("ablation", headline(runs))):
+    """Return README with the tables of these runs, of modes.csv and of Flash's."""
+    replay = flash_report.headline(*_flash())
+    for name, found in (
+        ("modes", modes(read(MODES))), ("ablation", headline(runs)), ("replay", replay)
+    ):  # fmt: skip
         begin, end = (
             f"<!-- benchmarks/figures.py: {name} {what} -->\n"
             for what in ("begins", "ends")
@@ -104,14 +110,20 @@ def with_tables(page: str, runs: Sequence[Run]) -> str:
     return page
 
 
+def _flash() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    return read(FLASH / "passes.csv"), read(FLASH / "replay.csv")
+
+
 def main(argv: Sequence[str]):
-    """Write report.md, the figures and README."""
+    """Write the reports, the figures and README."""
     del argv
     runs = runs_csv.read(FOLDER / "runs.csv")
     draw(runs, FOLDER)
+    flash_report.draw(*_flash(), FLASH / "flash.png")
     readme = ROOT / "README.md"
     for path, text in (
         (FOLDER / "report.md", render(runs)),
+        (FLASH / "report.md", flash_report.render(*_flash())),
         (readme, with_tables(readme.read_text(), runs)),
     ):
         with replacing(path) as part:

@@ -23,10 +23,11 @@ from ds4jax.decode import driver
 from ds4jax.decode.modes import Decoding, Mode
 from ds4jax.errors import CapacityError, ConfigError, TokenError
 from ds4jax.experiments import context_sweep
-from ds4jax.experiments.context_sweep import frontiers, sweep
+from ds4jax.experiments.context_sweep import Way, frontiers, sweep
 
 CHUNK = 16
 CONTINUOUS = Decoding(mode=Mode("continuous", 1), prefill_chunk=CHUNK)
+WAYS = [Way(CONTINUOUS)]
 STOPS = [2 * CHUNK, 3 * CHUNK, 5 * CHUNK]
 TOKENS = 9
 CONTEXT = 256
@@ -64,7 +65,7 @@ def test_frontiers_are_ds4_benchs_and_end_at_the_last(asked, expected):
 
 def test_a_sweep_decodes_what_a_fresh_run_decodes(model):
     text = prompt(model)
-    points = list(sweep(model, text, STOPS, TOKENS, CONTINUOUS, CONTEXT))
+    points = list(sweep(model, text, STOPS, TOKENS, WAYS, CONTEXT))
     assert [point.context for point in points] == STOPS
     assert [point.read for point in points] == np.diff([0, *STOPS]).tolist()
     for point in points:
@@ -98,7 +99,7 @@ def test_decoding_leaves_no_bit_behind(model, monkeypatch):
         return carry
 
     monkeypatch.setattr(driver, "prefill", prefill)
-    list(sweep(model, prompt(model), STOPS, TOKENS, CONTINUOUS, CONTEXT))
+    list(sweep(model, prompt(model), STOPS, TOKENS, WAYS, CONTEXT))
     *_, first, second, third = seen
     models.assert_same(second[0], first[1])
     models.assert_same(third[0], second[1])
@@ -131,7 +132,7 @@ def test_nothing_is_compiled_while_the_clock_runs(model, monkeypatch):
     monkeypatch.setattr(context_sweep, "time", SimpleNamespace(perf_counter=clock))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        list(sweep(model, prompt(model), STOPS, TOKENS, CONTINUOUS, CONTEXT))
+        list(sweep(model, prompt(model), STOPS, TOKENS, WAYS, CONTEXT))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not running[0]
@@ -139,7 +140,7 @@ def test_nothing_is_compiled_while_the_clock_runs(model, monkeypatch):
 
 
 def test_what_a_sweep_cannot_do_is_told_before_it_starts(model):
-    text, how = prompt(model), CONTINUOUS
+    text, how = prompt(model), WAYS
     with pytest.raises(TokenError, match="prompt: expected at least 80 tokens"):
         next(sweep(model, text[:-1], STOPS, TOKENS, how, CONTEXT))
     with pytest.raises(TokenError, match=r"prompt: expected ids in 0\.\.95"):
@@ -241,6 +242,67 @@ def test_synthetic_weights_need_no_file(bench, tmp_path):
     assert {row["model"] for row in rows} == {"synthetic tiny ds4-q4 1 layers"}
 
 
+def test_a_replay_gives_a_row_for_every_rate(bench, files, tmp_path):
+    status, out, err = bench(
+        *files, "--ctx_start=10", "--ctx_max=10", "--gen_tokens=6",
+        "--replay=0,1", "--replay_modes=continuous,chained:1",
+        "--csv=a.csv", "--figure=a.png",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = read(tmp_path / "a.csv")
+    assert list(rows[0])[: len(DS4_COLUMNS)] == DS4_COLUMNS
+    found = [
+        (row["mode"], row["depth"], row["replay"], row["shared_reads_per_token"],
+         row["acceptance"], row["accepted_per_cycle"])
+        for row in rows
+    ]  # fmt: skip
+    assert found == [
+        ("plain", "0", "", "1.000", "", ""),
+        ("continuous", "1", "0", "1.000", "0.000", "0.0000"),
+        ("continuous", "1", "1", "0.500", "1.000", "1.0000"),
+        ("chained", "1", "0", "1.000", "0.000", "0.0000"),
+        ("chained", "1", "1", "0.667", "1.000", "1.0000"),
+    ]
+    assert len({row["sha256"] for row in rows}) == 1
+    assert {row["plains_tokens"] for row in rows} == {"yes"}
+    assert {row["state"] for row in rows} == {"read"}
+    model_columns = "r", "d", "break_even", "predicted_speedup", "one_row_ms"
+    plain, *replays = rows
+    assert plain["speedup"] == "1.0000"
+    assert not any(plain[name] for name in model_columns)
+    for row in replays:
+        base = 1 + (row["mode"] == "chained")
+        r, d, break_even, predicted, _ = (float(row[name]) for name in model_columns)
+        accepted = float(row["accepted_per_cycle"])
+        assert predicted == pytest.approx((base + accepted) / (r + d), rel=1e-3)
+        assert break_even == pytest.approx(r + d - base, abs=1e-3)
+        speedup = float(row["gen_tps"]) / float(plain["gen_tps"])
+        assert float(row["speedup"]) == pytest.approx(speedup, rel=0.01)
+    rates = [float(row["weight_gb_per_s"]) * 6 / float(row["gen_tps"]) for row in rows]
+    # Bytes in all: wrong drafts read more than right ones.
+    assert rates[1] > rates[2] > 0 and rates[3] > rates[4] > 0
+    title, heading, *lines = out.splitlines()
+    assert title.startswith("[plain, continuous 1, chained 1; replay at 0, 1] trunk")
+    assert len(lines) == len(rows)
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_contexts_need_not_be_read(bench, tmp_path):
+    status, out, err = bench(
+        "--synth=tiny", "--layers=1", "--plan=ds4-q4", "--mode=plain", "--ctx_start=5",
+        "--ctx_max=300", "--step_mul=60", "--gen_tokens=3", "--csv=a.csv",
+        "--noprefill", "--figure=a.png",
+    )  # fmt: skip
+    assert status == 0, err
+    rows = read(tmp_path / "a.csv")
+    assert [row["ctx_tokens"] for row in rows] == ["5", "300"]
+    assert [row["ctx_alloc"] for row in rows] == ["256", "512"]
+    for row in rows:
+        assert (row["prefill_tokens"], row["prefill_tps"]) == ("0", "")
+        assert row["state"] == "random" and float(row["gen_tps"]) > 0
+    assert (tmp_path / "a.png").exists()
+
+
 def test_a_killed_sweep_leaves_whole_rows(files, tmp_path):
     table = tmp_path / "a.csv"
     words = *files, *SMALL, "--mode=plain", f"--csv={table}"
@@ -280,6 +342,28 @@ def test_a_killed_sweep_leaves_whole_rows(files, tmp_path):
         (["--synth=tiny", "--layers=7"], "layers: expected 1..6, found 7"),
         (["--synth=tiny", "--prompt_file=a"], "--prompt_file: expected a model with a"),
         (["--mode=plain", "--depth=1"], "--depth: expected 0 when plain"),
+        (["--noprefill"], "--noprefill: expected --synth with it"),
+        (["--replay=0,1.5"], "--replay: expected rates in 0..1, found 1.5"),
+        (["--replay=nan"], "--replay: expected rates in 0..1, found nan"),
+        (["--replay=half"], "--replay: expected rates in 0..1, found half"),
+        (["--replay="], "--replay: expected one rate or more, found none"),
+        (["--replay=1", "--mode=plain"], "--replay: expected a mode that drafts"),
+        (["--replay=1", "--prefill_chunk=1"], "--replay: expected a mode that drafts"),
+        (["--replay=1", "--gate"], "--gate: expected no --replay with it"),
+        (["--replay_modes=chained"], "--replay_modes: expected --replay with it"),
+        (
+            ["--replay=1", "--replay_modes=plain"],
+            "--replay_modes: expected chained or continuous, with a :DEPTH or without,"
+            " found plain",
+        ),
+        (
+            ["--replay=1", "--replay_modes=chained:9"],
+            "--replay_modes=chained:9: depth: expected 1..4 when chained, found 9",
+        ),
+        (
+            ["--replay=1", "--replay_modes=chained", "--mtp_draft=2"],
+            "--replay_modes and --mtp_draft: expected one of them",
+        ),
     ],
 )
 def test_a_mistake_is_told_in_one_line(bench, tmp_path, words, message):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Sequence
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -118,8 +117,7 @@ def _cycles(model, carry, script, eos, limit, decoding):
         lead = jnp.take_along_axis(script.leads, carry.length[:, None], axis=1)
         return carry, jnp.where(guesses < 0, own, guesses), lead[:, 0]
 
-    with mock.patch.object(cycles, "draft", draft):
-        return cycles.cycles(model, carry, eos, limit, decoding)
+    return cycles.cycles(model, carry, eos, limit, decoding, draft)
 
 
 def run(

@@ -1,11 +1,14 @@
 """Byte accounting against ds4's own file sizes and per-tensor bytes of Flash."""
 
+import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ds4jax import schema
 from ds4jax.config import PLANS, ModelConfig, QuantPlan
 from ds4jax.experiments import footprint
+from ds4jax.model.deepseek import Model
+from ds4jax.pallas.passes import Weight
 
 FLASH = ModelConfig.flash()
 
@@ -84,6 +87,21 @@ def test_one_row_reads_its_experts_and_one_row_of_each_table():
     rows = 2 * FLASH.hidden + 3 * 4 * FLASH.experts_used
     read = footprint.bytes_read(Q2, FLASH, 1)
     assert read == pytest.approx(dense + used + rows, rel=1e-12)
+
+
+def test_a_model_on_the_device_reads_what_its_files_hold():
+    def empty(sizes: dict[str, int]) -> dict[str, Weight]:
+        return {
+            name: np.broadcast_to(np.uint8(0), size) for name, size in sizes.items()
+        }
+
+    model = Model(empty(Q2), empty(MTP), FLASH)
+    assert footprint.pass_bytes(model, 2) == footprint.bytes_read(Q2, FLASH, 2)
+    experts = 6 * 3 * 4_718_592
+    groups = footprint.by_group(MTP)
+    rest = sum(groups.values()) - groups["routed experts"]
+    draft = experts + rest + Q2["output.weight"]
+    assert footprint.draft_bytes(model) == pytest.approx(draft, rel=1e-12)
 
 
 def test_distinct_experts_between_agreement_and_disjointness():

@@ -90,11 +90,10 @@ def decode(model, carry, proposals, decoding, bug=None):
         return dropped, guesses[None], jnp.zeros(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cycles, "draft", draft)
         if bug:
             patch.setattr(cycles, bug, BUGS[bug])
         limit = jnp.int32(2**30)
-        return cycles.cycles(model, carry, jnp.int32(-1), limit, decoding)
+        return cycles.cycles(model, carry, jnp.int32(-1), limit, decoding, draft)
 
 
 def judge(model, carry, decoding, tolerance=oracles.TIE_TOLERANCE):

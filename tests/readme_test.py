@@ -2,7 +2,10 @@
 
 import csv
 import importlib.util
+import sys
 from pathlib import Path
+
+from pytest import approx
 
 from ds4jax.experiments import runs_csv
 from ds4jax.experiments.ablation_report import render
@@ -11,6 +14,7 @@ from ds4jax.experiments.tables import percents
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/tiny_model"
+sys.path.append(str(ROOT / "benchmarks"))
 SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
 assert SPEC and SPEC.loader
 figures = importlib.util.module_from_spec(SPEC)
@@ -25,8 +29,23 @@ def test_readmes_tables_and_the_report_are_of_the_runs():
     assert figures.headline(runs).count("\n") > 10
 
 
+def test_flashs_report_is_of_its_tables():
+    passes, replay = (figures.read(figures.FLASH / f"{name}.csv")
+                      for name in ("passes", "replay"))  # fmt: skip
+    report = figures.flash_report.render(passes, replay)
+    assert report == (figures.FLASH / "report.md").read_text()
+    assert (figures.FLASH / "flash.png").read_bytes().startswith(b"\x89PNG")
+    assert {row["plains_tokens"] for row in replay} == {"yes"}
+    for row in replay:
+        if (row["mode"], row["depth"]) == ("continuous", "1"):
+            a = float(row["replay"])
+            # A last cycle that the budget cuts, and strata of whole drafts.
+            assert abs(float(row["accepted_per_cycle"]) - a) < 0.03
+            assert float(row["shared_reads_per_token"]) * (1 + a) == approx(1, rel=0.03)
+
+
 def test_all_modes_commit_the_same_tokens_and_batched_ones_in_as_many_passes():
-    rows = figures.read_modes()
+    rows = figures.read(figures.MODES)
     verified = {}
     for row in rows:
         alike = {name: row[name] for name in row if name != "verifier"}

@@ -9,6 +9,8 @@ by the row contract exactly plain's tokens (SPECULATION §2.2, §2.6; DESIGN §4
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +31,34 @@ from ds4jax.decode.transitions import (
     verify,
 )
 from ds4jax.model.deepseek import Model
+from ds4jax.model.mtp import Pairing
+
+Drafter = Callable[
+    [Model, DecodeCarry, Array, int, float, Pairing], tuple[DecodeCarry, Array, Array]
+]
+"""What guesses, called as `transitions.draft` is, and answering as it does."""
 
 
 def cycle(
-    model: Model, carry: DecodeCarry, eos: Int[Array, ""], decoding: Decoding
+    model: Model,
+    carry: DecodeCarry,
+    eos: Int[Array, ""],
+    decoding: Decoding,
+    drafter: Drafter | None = None,
 ) -> DecodeCarry:
     """Run one cycle of `decoding.mode`; sequences that are not active stay.
 
-    Whether the gate lets them draft is for `cycles` to ask.
+    Whether the gate lets them draft is for `cycles` to ask.  Without a drafter the
+    head's own guesses are verified, those of `transitions.draft`.
     """
     if not decoding.depth:
         return _plain(model, carry, eos, decoding)
     run = {"chained": _chained, "continuous": _continuous}[decoding.mode.kind]
+    guess = drafter or draft
     if decoding.gate is None:
-        return run(model, carry, eos, decoding)
+        return run(model, carry, eos, decoding, guess)
     active, before = carry.active, carry.statistics.accepted
-    carry = run(model, carry, eos, decoding)
+    carry = run(model, carry, eos, decoding, guess)
     accepted = (carry.statistics.accepted - before).sum(axis=1)
     state = gates.judge(carry.gate, decoding.gate, accepted, active)
     return dataclasses.replace(carry, gate=state)
@@ -56,6 +70,7 @@ def cycles(
     eos: Int[Array, ""],
     limit: Int[Array, ""],
     decoding: Decoding,
+    drafter: Drafter | None = None,
 ) -> DecodeCarry:
     """Run cycles on the device until nothing is active, or `limit` of them.
 
@@ -74,11 +89,12 @@ def cycles(
         return lambda state: (run(model, state[0], eos, decoding), state[1] + 1)
 
     state = (carry, jnp.int32(0))
+    run = functools.partial(cycle, drafter=drafter)
     if decoding.gate is None or not decoding.depth:
-        return loop(one(cycle))(state)[0]
+        return loop(one(run))(state)[0]
     drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
     # Loops rather than branches of a cycle, which would copy the caches.
-    drafting = loop(one(cycle), drafts)
+    drafting = loop(one(run), drafts)
     resting = loop(one(_resting), lambda carry: ~drafts(carry))
     return loop(lambda state: resting(drafting(state)))(state)[0]
 
@@ -121,26 +137,26 @@ def _fill_if_full(model, carry, following, decoding) -> DecodeCarry:
     return dataclasses.replace(carry, mtp_cache=mtp_cache, anchor=anchor)
 
 
-def _chained(model, carry, eos, decoding) -> DecodeCarry:
+def _chained(model, carry, eos, decoding, guess) -> DecodeCarry:
     block = first_token(carry, decoding.temperature)[:, None]
     base, out = carry.active, verify(model, carry, block)
     carry, _ = commit(carry, out, block, jnp.ones_like(carry.length), eos, decoding)
     carry = _count(carry, decodes=base)
-    return _speculate(model, carry, eos, decoding)
+    return _speculate(model, carry, eos, decoding, guess)
 
 
-def _continuous(model, carry, eos, decoding) -> DecodeCarry:
+def _continuous(model, carry, eos, decoding, guess) -> DecodeCarry:
     cold = carry.active & ~carry.anchor.valid
     carry = _count(carry, boots=cold)
-    return _speculate(model, carry, eos, decoding)
+    return _speculate(model, carry, eos, decoding, guess)
 
 
-def _speculate(model, carry, eos, decoding) -> DecodeCarry:
+def _speculate(model, carry, eos, decoding, guess) -> DecodeCarry:
     """Draft from the anchor, verify and commit; without an anchor, one token."""
     mode, temperature = decoding.mode, decoding.temperature
     valid, most = carry.anchor.valid, allowed(carry)
     first = first_token(carry, temperature)
-    carry, guesses, lead = draft(
+    carry, guesses, lead = guess(
         model, carry, first, decoding.depth, temperature, decoding.pairing
     )
     block = jnp.concatenate([first[:, None], guesses], axis=1)

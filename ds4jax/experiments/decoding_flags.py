@@ -104,6 +104,11 @@ def seed() -> int:
     return _SEED.value
 
 
+def mode_flags() -> list[str]:
+    """Return the flags of the command line that choose kind and depth of the mode."""
+    return _given([_MODE, _DEPTH, _MARGIN, *_DS4S])
+
+
 def choose(mtp: bool) -> Choice:
     """Return the way of decoding that the flags ask for.
 

@@ -19,7 +19,8 @@ def describe() -> dict[str, str]:
 
     `driver` is the platform's own version (CUDA's, say); `commit` is that of the
     checkout that ds4jax runs from, with `+` if files were changed since, or the
-    package's version where it is installed without one.
+    package's version where it is installed without one.  DS4JAX_COMMIT says it where
+    the sources are a copy without their history.
     """
     device = jax.devices()[0]
     return {
@@ -44,6 +45,8 @@ def _processor() -> str:
 
 
 def _commit() -> str:
+    if given := os.environ.get("DS4JAX_COMMIT"):
+        return given
     root = Path(ds4jax.__file__).parent.parent
     git = lambda *words: subprocess.run(  # noqa: E731
         ["git", "-C", str(root), *words], capture_output=True, text=True, check=True

@@ -57,7 +57,7 @@ def _texts(found: Sequence[Summary]) -> list[str]:
     return list(dict.fromkeys(one.text for one in found))
 
 
-def _panels(count: int, width: float, height: float):
+def panels(count: int, width: float, height: float):
     """Return a figure with panels side by side that share their axes."""
     figure = matplotlib.figure.Figure((width, height), layout="constrained")
     axes = figure.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
@@ -70,7 +70,7 @@ def _panels(count: int, width: float, height: float):
 def _speedup(drafting: Sequence[Summary]):
     """Draw measured speed-ups over accepted drafts, and the cost model's lines."""
     modes, texts = _modes(drafting), _texts(drafting)
-    figure, axes = _panels(len(modes), 1.5 + 4.6 * len(modes), 4.6)
+    figure, axes = panels(len(modes), 1.5 + 4.6 * len(modes), 4.6)
     for panel, mode in zip(axes, modes, strict=True):
         here = [one for one in drafting if one.runs[0].mode == mode]
         for one in here:
@@ -122,7 +122,7 @@ def _speedup(drafting: Sequence[Summary]):
 def _acceptance(drafting: Sequence[Summary]):
     """Draw the share accepted at each place of the chain."""
     texts = _texts(drafting)
-    figure, axes = _panels(len(texts), 1.8 + 3.1 * len(texts), 4.0)
+    figure, axes = panels(len(texts), 1.8 + 3.1 * len(texts), 4.0)
     for panel, text in zip(axes, texts, strict=True):
         for one in (one for one in drafting if one.text == text):
             run = one.runs[0]

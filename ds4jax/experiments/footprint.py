@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 
 from ds4jax.config import ModelConfig
+from ds4jax.model.deepseek import Model
 
 _NAMES = {
     "attention": r"attn_(q_a|q_b|kv|output_a|output_b)\.weight",
@@ -75,3 +76,17 @@ def bytes_read(sizes: Mapping[str, int], config: ModelConfig, rows: int) -> floa
     return sum(
         total * share.get(group, 1.0) for group, total in by_group(sizes).items()
     )
+
+
+def pass_bytes(model: Model, rows: int) -> float:
+    """Return the weight bytes that a target pass reads, see `bytes_read`."""
+    sizes = {name: weight.nbytes for name, weight in model.trunk.items()}
+    return bytes_read(sizes, model.config, rows)
+
+
+def draft_bytes(model: Model) -> float:
+    """Return the weight bytes that a draft reads: an MTP pass of one row's experts,
+    and the LM head, which is the trunk's."""
+    sizes = {name: weight.nbytes for name, weight in model.mtp.items()}
+    head = model.trunk["output.weight"].nbytes
+    return bytes_read(sizes, model.config, 1) + head

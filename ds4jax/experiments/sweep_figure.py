@@ -1,4 +1,4 @@
-"""The figure of a sweep: both speeds against the context."""
+"""The figure of a sweep: speeds of decoding and of reading against the context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 SPEEDS = {"gen_tps": ("decoding", "#c1440e"), "prefill_tps": ("reading", "#1f5a92")}
-"""The columns that are drawn, each with the name and the colour of its panel."""
+"""The columns that are drawn if they are filled, each with the name and the colour of
+its panel."""
 
 
 def draw(rows: Sequence[Mapping[str, str]], path: Path):
@@ -21,8 +22,9 @@ def draw(rows: Sequence[Mapping[str, str]], path: Path):
     """
     first, contexts = rows[0], [int(row["ctx_tokens"]) for row in rows]
     figure = Figure(figsize=(8, 5.6), layout="constrained")
-    panels = figure.subplots(2, 1, sharex=True)
-    for axes, (column, (name, colour)) in zip(panels, SPEEDS.items(), strict=True):
+    shown = {column: look for column, look in SPEEDS.items() if first[column]}
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (column, (name, colour)) in zip(panels, shown.items(), strict=True):
         speeds = [float(row[column]) for row in rows]
         axes.plot(contexts, speeds, "o-", color=colour, markersize=5, linewidth=1.6)
         axes.set_ylabel(f"{name}, tokens/s")
