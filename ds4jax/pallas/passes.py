@@ -122,7 +122,7 @@ def by_rows(
 
 def by_kernel(
     product: Callable[..., PyTree],
-    *rows: Array,
+    *rows: PyTree,
     cuda: Callable[..., PyTree] | None,
     cpu: Callable[..., PyTree] | None = None,
 ) -> PyTree:
@@ -130,7 +130,7 @@ def by_kernel(
 
     Args:
       product: of rows.
-      rows: its operands.
+      rows: its operands, arrays or trees of them.
       cuda: what NVIDIA GPUs do instead, given `DecodePass.width` first.  It may compute
         as many rows as that and has to return them all: what surrounds it is then the
         same program at every width, and fused alike.
