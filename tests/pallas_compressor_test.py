@@ -109,8 +109,25 @@ def test_the_state_has_the_bits_of_one_row_at_a_time(ratio, width):
 
 def test_what_it_serves():
     """Not a ring that a pass could overwrite while it is read."""
-    ring = empty(4).inputs[0]
-    new = jnp.zeros((DECODE_ROWS, 2 * WIDTH))
-    assert pallas.serves(new, ring, 4, WIDTH)
-    assert not pallas.serves(new, ring[1:], 4, WIDTH)
-    assert not pallas.serves(new[:, 1::3], ring[..., 1::3], 4, WIDTH // 3)
+    ring, new = jnp.zeros((16, 2, 256)), jnp.zeros((DECODE_ROWS, 256))
+    assert pallas.serves(new, ring, 4, 128)
+    assert not pallas.serves(new, ring[1:], 4, 128)
+    assert not pallas.serves(new[:, :192], ring[..., :192], 4, 96)
+    assert not pallas.serves(new[:, :128], ring[..., :128], 4, 64)
+
+
+@pytest.mark.parametrize("ratio, channels", [(4, 1024), (4, 256), (128, 512)])
+def test_it_lowers_at_the_shapes_of_flash(ratio, channels):
+    width = channels // 2 if ratio == 4 else channels
+    place, new = jnp.zeros(1, jnp.int32), jnp.zeros((DECODE_ROWS, channels))
+    ring = jnp.zeros((ratio * (channels // width) + 32, 2, channels))
+    assert pallas.serves(new, ring, ratio, width)
+
+    def run(new, ring, rows):
+        return pallas.compress(
+            new, new, place, place, ring, rows, jnp.zeros((ratio, channels)),
+            jnp.zeros(width), frequencies(CONFIG, compressed=True), 1e-6,
+        )  # fmt: skip
+
+    traced = jax.jit(run).trace(new, ring, jnp.zeros((512, width)))
+    traced.lower(lowering_platforms=("cuda",))

@@ -26,10 +26,11 @@ def serves(
 ) -> bool:
     """Say whether `compress` is for a compressor of these sizes.
 
-    The ring has to hold what a pass writes beside all that it pools.
+    The ring has to hold what a pass writes beside all that it pools.  In narrower rows
+    most threads of a program would have no channel.
     """
     rows, channels = new.shape
-    whole = width & (width - 1) == 0 and ratio & (ratio - 1) == 0 and width >= 2
+    whole = width & (width - 1) == 0 and ratio & (ratio - 1) == 0 and width >= 128
     return whole and len(inputs) >= rows + ratio * (channels // width)
 
 
@@ -135,23 +136,17 @@ def _kernel(
         pooled = ratio * (channels // width)
         chunk = min(_CHUNK, pooled)
 
-        def pool(parity):
-            def add(step, so_far):
-                peak, total, summed = so_far
-                positions = first + step * chunk + jnp.arange(chunk)
-                value, gate = inputs_of(positions, parity)
-                higher = jnp.maximum(peak, jnp.max(gate, 0))
-                weight = jnp.exp(gate - higher[None])
-                shrink = jnp.exp(peak - higher)
-                total = total * shrink + jnp.sum(weight, 0)
-                return higher, total, summed * shrink + jnp.sum(weight * value, 0)
+        def add(step, so_far):
+            positions = first + step * chunk + jnp.arange(chunk)
+            return tuple(
+                _pool(*inputs_of(positions, parity), *of_half)
+                for parity, of_half in enumerate(so_far)
+            )
 
-            zero = jnp.zeros(width // 2, jnp.float32)
-            none = zero - jnp.inf, zero, zero
-            _, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
-            return summed / total
-
-        even, odd = pool(0), pool(1)
+        zero = jnp.zeros(width // 2, jnp.float32)
+        none = zero - jnp.inf, zero, zero
+        halves = jax.lax.fori_loop(0, pooled // chunk, add, (none, none))
+        even, odd = (summed / total for _, total, summed in halves)
         mean = (jnp.sum(even * even) + jnp.sum(odd * odd)) / width
         inverse = 1 / jnp.sqrt(mean + eps)
         even = even * inverse * norm_ref[2 * pair]
@@ -160,3 +155,12 @@ def _kernel(
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         rows_ref[index, 2 * pair] = even * cos - odd * sin
         rows_ref[index, 2 * pair + 1] = even * sin + odd * cos
+
+
+def _pool(value, gate, peak, total, summed):
+    """Add inputs [S, N] to a softmax over their gates: its peak, weights and values."""
+    higher = jnp.maximum(peak, jnp.max(gate, 0))
+    weight = jnp.exp(gate - higher[None])
+    shrink = jnp.exp(peak - higher)
+    total = total * shrink + jnp.sum(weight, 0)
+    return higher, total, summed * shrink + jnp.sum(weight * value, 0)

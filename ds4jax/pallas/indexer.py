@@ -24,10 +24,13 @@ _TILE = 64
 _LISTS = 256
 """The fewest lists."""
 
+_PROGRAMS = 128
+"""The most programs for the scores of a row."""
+
 _LAYERS = 8
 """Of all lists, compared at a time: few lists have more of the best."""
 
-_OWN = 2
+_OWN = 1
 """Lists whose places a program counts."""
 
 _NOTHING = np.int32(-(2**31))
@@ -76,17 +79,19 @@ def best(
     width = width or rows
     lists = max(_LISTS, pl.next_power_of_2(len(keys)) // _TILE)
     layers = pl.next_power_of_2(pl.cdiv(len(keys), lists))
+    # A pair of channels that is not rotated is rotated by nothing.
     turns = np.pad(frequencies, (size // 2 - len(frequencies), 0))
+    angle = (start + jnp.arange(rows))[:, None].astype(jnp.float32) * turns
     seen = functools.partial(_seen, ratio=ratio, most=most, lists=lists, layers=layers)
     call = functools.partial(pl.pallas_call, interpret=interpret)
     in_lists = jax.ShapeDtypeStruct((width, layers * lists), jnp.int32)
     scores, index = call(
         functools.partial(_score_kernel, seen=seen, lists=lists, dtype=dtype),
-        grid=(layers * lists // _TILE, width),
+        grid=(min(layers * lists // _TILE, _PROGRAMS), width),
         out_shape=(in_lists, in_lists),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name=f"index_scores_{heads}x{size}",
-    )(start, end, query, share, keys, jnp.asarray(turns))
+    )(start, end, query, share, keys, jnp.cos(angle), jnp.sin(angle))
     return call(
         functools.partial(_place_kernel, seen=seen, lists=lists, layers=layers),
         grid=(lists // _OWN, width),
@@ -112,59 +117,63 @@ def _score_kernel(
     query_ref,  # [T, I, J]
     share_ref,  # [T, I]
     keys_ref,  # [C, J]
-    turns_ref,  # [J / 2]
+    cos_ref,  # [T, J / 2]
+    sin_ref,  # [T, J / 2]
     scores_ref,  # [width, layers * lists], of each list from the best
     index_ref,  # [width, layers * lists]
     *, seen, lists, dtype,
 ):  # fmt: skip
     count, level, is_all = seen(start_ref, end_ref)
     program, row = pl.program_id(0), pl.program_id(1)
+    heads, size = query_ref.shape[1:]
+    query = _rotate(query_ref[row, :, :], cos_ref[row, :], sin_ref[row, :])
+    query = query.astype(dtype)
+    share = share_ref[row, :] * (size * heads) ** -0.5
+    # A tile has `own` lists of 2^level keys.
+    place = jnp.arange(_TILE)
+    log_own = (_TILE.bit_length() - 1) - level
+    member = place & ((1 << log_own) - 1)
 
-    @pl.when(~is_all & (program * _TILE < (lists << level)))
-    def _score():
-        heads, size = query_ref.shape[1:]
-        pair = jnp.arange(size // 2)
-        position = jnp.minimum(start_ref[0] + row, end_ref[0] - 1)
-        angle = position.astype(jnp.float32) * turns_ref[:]
-        cos, sin = jnp.cos(angle)[None], jnp.sin(angle)[None]
-        each = jnp.arange(heads)[:, None]
-        even = query_ref[row, each, 2 * pair[None]]
-        odd = query_ref[row, each, 2 * pair[None] + 1]
-
-        # A tile has `own` lists of 2^level keys.
-        place = jnp.arange(_TILE)
-        log_own = (_TILE.bit_length() - 1) - level
-        member = place & ((1 << log_own) - 1)
-        of_list = (program << log_own) + member
+    def score(step, _):
+        of_list = ((step * pl.num_programs(0) + program) << log_own) + member
         key = of_list + (place >> log_own) * lists
         live = jnp.minimum(key, count - 1)[:, None]
-        product = functools.partial(
-            jax.lax.dot_general,
-            dimension_numbers=(((1,), (1,)), ((), ())),
+        match = jax.lax.dot_general(
+            query,
+            keys_ref[live, jnp.arange(size)[None]].astype(dtype),
+            (((1,), (1,)), ((), ())),
             precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
             preferred_element_type=jnp.float32,
         )
-        match = product(
-            (even * cos - odd * sin).astype(dtype),
-            keys_ref[live, 2 * pair[None]].astype(dtype),
-        ) + product(
-            (even * sin + odd * cos).astype(dtype),
-            keys_ref[live, 2 * pair[None] + 1].astype(dtype),
-        )
-        share = share_ref[row, :] * (size * heads) ** -0.5
-        score = jnp.sum(share[:, None] * jnp.maximum(match, 0), 0)
-
-        ordered = jnp.where(key < count, _ordered(score), _NOTHING)
+        scores = _ordered(jnp.sum(share[:, None] * jnp.maximum(match, 0), 0))
+        scores = jnp.where(key < count, scores, _NOTHING)
         same_list = member[None] == member[:, None]
-        beats = _beats(ordered[None], key[None], ordered[:, None], key[:, None])
+        beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
         rank = jnp.sum((beats & same_list).astype(jnp.int32), 1)
-        scores_ref[row, rank * lists + of_list] = ordered
+        scores_ref[row, rank * lists + of_list] = scores
         index_ref[row, rank * lists + of_list] = key
+
+    @pl.when(~is_all)
+    def _score():
+        left = (lists << level) // _TILE - program
+        steps = jax.lax.div(left + pl.num_programs(0) - 1, pl.num_programs(0))
+        jax.lax.fori_loop(0, steps, score, None)
+
+
+def _rotate(x, cos, sin):
+    """Return `[I, J]` with each pair of neighbours turned."""
+    pairs = x.reshape(len(x), -1, 2)
+    is_even = (jnp.arange(2) == 0)[None, None]
+    even = jnp.sum(jnp.where(is_even, pairs, 0), -1)
+    odd = jnp.sum(jnp.where(is_even, 0, pairs), -1)
+    turned_even, turned_odd = even * cos - odd * sin, even * sin + odd * cos
+    turned = jnp.where(is_even, turned_even[..., None], turned_odd[..., None])
+    return turned.reshape(x.shape)
 
 
 def _ordered(score):
-    """Return integers in the order of floats, of which both zeros are one."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(score == 0, 0, score), jnp.int32)
+    """Return integers in the order of floats; all zeros of a row have one sign."""
+    bits = jax.lax.bitcast_convert_type(score, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
@@ -206,26 +215,27 @@ def _place_kernel(
         return jnp.where(real, scores_ref[row, read], _NOTHING), index_ref[row, read]
 
     def rank_of(score, index):
+        """Count what beats them, or at least `most`."""
+
         def add(state):
             step, rank, _ = state
             others, their_index = take(step * chunk + jnp.arange(chunk))
             beats = _beats(
                 others[None], their_index[None], score[:, None], index[:, None]
             )
-            more = jnp.sum(beats.astype(jnp.int32), 1)
-            return (
-                step + 1,
-                rank + more,
-                jnp.max(jnp.where(rank + more < most, more, 0)),
-            )
+            rank += jnp.sum(beats.astype(jnp.int32), 1)
+            # Nothing beyond the next layer is better than its best.
+            best_left = jnp.max(take((step + 1) * chunk + jnp.arange(lists))[0])
+            unsure = (rank < most) & (score <= best_left)
+            return step + 1, rank, jnp.max(unsure.astype(jnp.int32))
 
-        # What beats nothing in one layer does not in the next.
         def goes_on(state):
-            step, _, more = state
-            return (step * chunk < filled) & (more > 0)
+            step, _, unsure = state
+            return (step * chunk < filled) & (unsure > 0)
 
         zero = jnp.zeros(score.shape, jnp.int32)
-        return jax.lax.while_loop(goes_on, add, (jnp.int32(0), zero, jnp.int32(1)))[1]
+        first = add((jnp.int32(0), zero, None))
+        return jax.lax.while_loop(goes_on, add, first)[1]
 
     own = jnp.arange(depth * _OWN)
     layer, member = own // _OWN, program * _OWN + own % _OWN
