@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ds4jax.pallas import rope
+
 _CHUNK = 16
 """Positions pooled at a time."""
 
@@ -63,9 +65,8 @@ def compress(
     """
     ratio, width = len(ape), rows.shape[1]
     windows = -(-len(value) // ratio)
-    # A pair of channels that is not rotated is rotated by nothing.
-    turns = np.pad(frequencies, (width // 2 - len(frequencies), 0))
-    operands = start, end, value, gate, ape, norm, jnp.asarray(turns), inputs, rows
+    turns = jnp.asarray(rope.spread(frequencies, width))
+    operands = start, end, value, gate, ape, norm, turns, inputs, rows
     kept = len(operands) - 2
     return pl.pallas_call(
         functools.partial(_kernel, windows=windows, eps=eps),
@@ -116,51 +117,35 @@ def _kernel(
     def _finish():
         overlap = channels - width
         first = index * ratio - (ratio if overlap else 0)
-        pair = jnp.arange(width // 2)
-
-        def inputs_of(positions, parity):
-            # The previous window speaks through the first half of the channels.
-            shift = jnp.where(positions >= index * ratio, overlap, 0)
-            column = shift[:, None] + 2 * pair[None] + parity
-            is_new = (positions >= start)[:, None]
-            exists = (positions >= 0)[:, None]
-            new = jnp.maximum(positions - start, 0)[:, None]
-            old = jnp.maximum(positions, 0)[:, None]
-            place, slot = jax.lax.rem(old, ratio), jax.lax.rem(old, size)
-            ape = ape_ref[place, column].astype(jnp.float32)
-            value = jnp.where(is_new, value_ref[new, column], ring_ref[slot, 0, column])
-            gate = gate_ref[new, column] + ape
-            gate = jnp.where(is_new, gate, ring_ref[slot, 1, column])
-            return jnp.where(exists, value, 0), jnp.where(exists, gate, -jnp.inf)
-
         pooled = ratio * (channels // width)
         chunk = min(_CHUNK, pooled)
 
         def add(step, so_far):
             positions = first + step * chunk + jnp.arange(chunk)
-            return tuple(
-                _pool(*inputs_of(positions, parity), *of_half)
-                for parity, of_half in enumerate(so_far)
-            )
+            # The previous window speaks through the first half of the channels.
+            shift = jnp.where(positions >= index * ratio, overlap, 0)
+            column = shift[:, None] + jnp.arange(width)[None]
+            is_new = (positions >= start)[:, None]
+            exists = (positions >= 0)[:, None]
+            new = jnp.maximum(positions - start, 0)[:, None]
+            old = jnp.maximum(positions, 0)[:, None]
+            place, slot = jax.lax.rem(old, ratio), jax.lax.rem(old, size)
+            value = jnp.where(is_new, value_ref[new, column], ring_ref[slot, 0, column])
+            gate = gate_ref[new, column] + ape_ref[place, column].astype(jnp.float32)
+            gate = jnp.where(is_new, gate, ring_ref[slot, 1, column])
+            value, gate = jnp.where(exists, value, 0), jnp.where(exists, gate, -jnp.inf)
 
-        zero = jnp.zeros(width // 2, jnp.float32)
+            peak, total, summed = so_far
+            higher = jnp.maximum(peak, jnp.max(gate, 0))
+            weight = jnp.exp(gate - higher[None])
+            shrink = jnp.exp(peak - higher)
+            total = total * shrink + jnp.sum(weight, 0)
+            return higher, total, summed * shrink + jnp.sum(weight * value, 0)
+
+        zero = jnp.zeros(width, jnp.float32)
         none = zero - jnp.inf, zero, zero
-        halves = jax.lax.fori_loop(0, pooled // chunk, add, (none, none))
-        even, odd = (summed / total for _, total, summed in halves)
-        mean = (jnp.sum(even * even) + jnp.sum(odd * odd)) / width
-        inverse = 1 / jnp.sqrt(mean + eps)
-        even = even * inverse * norm_ref[2 * pair]
-        odd = odd * inverse * norm_ref[2 * pair + 1]
+        _, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
+        row = summed / total
+        row = row / jnp.sqrt(jnp.sum(row * row) / width + eps) * norm_ref[:]
         angle = (index * ratio).astype(jnp.float32) * turns_ref[:]
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        rows_ref[index, 2 * pair] = even * cos - odd * sin
-        rows_ref[index, 2 * pair + 1] = even * sin + odd * cos
-
-
-def _pool(value, gate, peak, total, summed):
-    """Add inputs [S, N] to a softmax over their gates: its peak, weights and values."""
-    higher = jnp.maximum(peak, jnp.max(gate, 0))
-    weight = jnp.exp(gate - higher[None])
-    shrink = jnp.exp(peak - higher)
-    total = total * shrink + jnp.sum(weight, 0)
-    return higher, total, summed * shrink + jnp.sum(weight * value, 0)
+        rows_ref[index, :] = rope.rotate(row, jnp.cos(angle), jnp.sin(angle))

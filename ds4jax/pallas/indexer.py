@@ -18,16 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ds4jax.pallas import rope
+
 _TILE = 64
 """Keys that a program scores; a list is no longer."""
 
 _LISTS = 256
 """The fewest lists."""
 
-_PROGRAMS = 128
+_PROGRAMS = 256
 """The most programs for the scores of a row."""
 
-_LAYERS = 8
+_LAYERS = 4
 """Of all lists, compared at a time: few lists have more of the best."""
 
 _OWN = 1
@@ -79,9 +81,8 @@ def best(
     width = width or rows
     lists = max(_LISTS, pl.next_power_of_2(len(keys)) // _TILE)
     layers = pl.next_power_of_2(pl.cdiv(len(keys), lists))
-    # A pair of channels that is not rotated is rotated by nothing.
-    turns = np.pad(frequencies, (size // 2 - len(frequencies), 0))
-    angle = (start + jnp.arange(rows))[:, None].astype(jnp.float32) * turns
+    angle = (start + jnp.arange(rows))[:, None].astype(jnp.float32)
+    angle = angle * rope.spread(frequencies, size)
     seen = functools.partial(_seen, ratio=ratio, most=most, lists=lists, layers=layers)
     call = functools.partial(pl.pallas_call, interpret=interpret)
     in_lists = jax.ShapeDtypeStruct((width, layers * lists), jnp.int32)
@@ -126,49 +127,39 @@ def _score_kernel(
     count, level, is_all = seen(start_ref, end_ref)
     program, row = pl.program_id(0), pl.program_id(1)
     heads, size = query_ref.shape[1:]
-    query = _rotate(query_ref[row, :, :], cos_ref[row, :], sin_ref[row, :])
-    query = query.astype(dtype)
-    share = share_ref[row, :] * (size * heads) ** -0.5
     # A tile has `own` lists of 2^level keys.
     place = jnp.arange(_TILE)
     log_own = (_TILE.bit_length() - 1) - level
     member = place & ((1 << log_own) - 1)
 
-    def score(step, _):
-        of_list = ((step * pl.num_programs(0) + program) << log_own) + member
-        key = of_list + (place >> log_own) * lists
-        live = jnp.minimum(key, count - 1)[:, None]
-        match = jax.lax.dot_general(
-            query,
-            keys_ref[live, jnp.arange(size)[None]].astype(dtype),
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
-            preferred_element_type=jnp.float32,
-        )
-        scores = _ordered(jnp.sum(share[:, None] * jnp.maximum(match, 0), 0))
-        scores = jnp.where(key < count, scores, _NOTHING)
-        same_list = member[None] == member[:, None]
-        beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
-        rank = jnp.sum((beats & same_list).astype(jnp.int32), 1)
-        scores_ref[row, rank * lists + of_list] = scores
-        index_ref[row, rank * lists + of_list] = key
-
-    @pl.when(~is_all)
+    @pl.when(~is_all & (program * _TILE < (lists << level)))
     def _score():
+        query = query_ref[row, :, :]
+        query = rope.rotate(query, cos_ref[row, :], sin_ref[row, :]).astype(dtype)
+        share = share_ref[row, :] * (size * heads) ** -0.5
+
+        def score(step, _):
+            of_list = ((step * pl.num_programs(0) + program) << log_own) + member
+            key = of_list + (place >> log_own) * lists
+            live = jnp.minimum(key, count - 1)[:, None]
+            match = jax.lax.dot_general(
+                keys_ref[live, jnp.arange(size)[None]].astype(dtype),
+                query,
+                (((1,), (1,)), ((), ())),
+                precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
+                preferred_element_type=jnp.float32,
+            )
+            scores = _ordered(jnp.sum(share[None] * jnp.maximum(match, 0), 1))
+            scores = jnp.where(key < count, scores, _NOTHING)
+            same_list = member[None] == member[:, None]
+            beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
+            rank = jnp.sum((beats & same_list).astype(jnp.int32), 1)
+            scores_ref[row, rank * lists + of_list] = scores
+            index_ref[row, rank * lists + of_list] = key
+
         left = (lists << level) // _TILE - program
         steps = jax.lax.div(left + pl.num_programs(0) - 1, pl.num_programs(0))
         jax.lax.fori_loop(0, steps, score, None)
-
-
-def _rotate(x, cos, sin):
-    """Return `[I, J]` with each pair of neighbours turned."""
-    pairs = x.reshape(len(x), -1, 2)
-    is_even = (jnp.arange(2) == 0)[None, None]
-    even = jnp.sum(jnp.where(is_even, pairs, 0), -1)
-    odd = jnp.sum(jnp.where(is_even, 0, pairs), -1)
-    turned_even, turned_odd = even * cos - odd * sin, even * sin + odd * cos
-    turned = jnp.where(is_even, turned_even[..., None], turned_odd[..., None])
-    return turned.reshape(x.shape)
 
 
 def _ordered(score):
