@@ -29,7 +29,7 @@ _LISTS = 256
 _PROGRAMS = 256
 """The most programs for the scores of a row."""
 
-_LAYERS = 4
+_LAYERS = 8
 """Of all lists, compared at a time: few lists have more of the best."""
 
 _OWN = 1
@@ -224,8 +224,7 @@ def _place_kernel(
             step, _, unsure = state
             return (step * chunk < filled) & (unsure > 0)
 
-        zero = jnp.zeros(score.shape, jnp.int32)
-        first = add((jnp.int32(0), zero, None))
+        first = jnp.int32(0), jnp.zeros(score.shape, jnp.int32), jnp.int32(1)
         return jax.lax.while_loop(goes_on, add, first)[1]
 
     own = jnp.arange(depth * _OWN)
