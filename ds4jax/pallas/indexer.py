@@ -32,9 +32,6 @@ _PROGRAMS = 256
 _LAYERS = 8
 """Of all lists, compared at a time: few lists have more of the best."""
 
-_OWN = 1
-"""Lists whose places a program counts."""
-
 _NOTHING = np.int32(-(2**31))
 """Ranks below every score."""
 
@@ -95,7 +92,7 @@ def best(
     )(start, end, query, share, keys, jnp.cos(angle), jnp.sin(angle))
     return call(
         functools.partial(_place_kernel, seen=seen, lists=lists, layers=layers),
-        grid=(lists // _OWN, width),
+        grid=(lists, width),
         out_shape=jax.ShapeDtypeStruct((rows, most), jnp.int32),
         compiler_params=plgpu.CompilerParams(num_warps=8),
         name=f"index_best_{most}",
@@ -195,7 +192,7 @@ def _place_kernel(
 
     @pl.when(is_all)
     def _count_up():
-        size = pl.next_power_of_2(pl.cdiv(most, lists // _OWN))
+        size = pl.next_power_of_2(pl.cdiv(most, lists))
         rank = program * size + jnp.arange(size)
         write(rank, rank)
 
@@ -227,12 +224,11 @@ def _place_kernel(
         first = jnp.int32(0), jnp.zeros(score.shape, jnp.int32), jnp.int32(1)
         return jax.lax.while_loop(goes_on, add, first)[1]
 
-    own = jnp.arange(depth * _OWN)
-    layer, member = own // _OWN, program * _OWN + own % _OWN
+    layer = jnp.arange(depth)
 
     def place(state):
         step, _ = state
-        score, index = take((step * depth + layer) * lists + member)
+        score, index = take((step * depth + layer) * lists + program)
         rank = rank_of(score, index)
         write(rank, index)
         chosen = (rank < most) & (layer == depth - 1)
