@@ -6,6 +6,8 @@ through separate halves of the projections (ARCHITECTURE §5).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,9 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model.cache import CompressorCache, Rows, extend, scatter
 from ds4jax.model.layers import Linear, RMSNorm, Weights
 from ds4jax.model.rope import frequencies, rotate
-from ds4jax.quant import dequantize
+from ds4jax.pallas import compressor as pallas
+from ds4jax.pallas.passes import by_kernel
+from ds4jax.quant import QuantTensor, dequantize
 
 
 class Compressor(nnx.Module):
@@ -49,8 +53,24 @@ class Compressor(nnx.Module):
           All rows finished so far, at their index, and the state after.  Row w is
           live for a query at t if `w < (t + 1) // ratio`.
         """
+        value, gate = self.kv(x), self.gate(x)
+        take_in = functools.partial(self._take_in, rows=rows, round_row=round_row)
+        if cache is None:
+            return take_in(value, gate, None)[1], None
+        kernel = functools.partial(self._take_in_by_kernel, rows=rows)
+        served = (
+            len(x) == 1
+            and self.config.kv_rounding == "none"
+            and pallas.serves(value[0], cache.inputs[0], self.ratio, self.width)
+        )
+        cuda = kernel if served else None
+        inputs, store = by_kernel(take_in, value, gate, cache, cuda=cuda)
+        return store, CompressorCache(inputs, store)
+
+    def _take_in(self, value, gate, cache, rows, round_row):
+        """Return the ring and the finished rows after a pass, given its projections."""
         ape = dequantize(self.ape.get_value())[rows.positions % self.ratio]
-        new = jnp.stack([self.kv(x), self.gate(x) + ape], axis=2)
+        new = jnp.stack([value, gate + ape], axis=2)
         view, inputs = extend(cache and cache.inputs, new, rows)
 
         # No pass of T rows completes more windows than this.
@@ -60,10 +80,19 @@ class Compressor(nnx.Module):
         table = frequencies(self.config, compressed=True)
         pooled = round_row(rotate(self.norm(pooled), index * self.ratio, table))
 
-        store = cache.rows if cache else jnp.zeros((x.shape[0], windows, self.width))
+        store = cache.rows if cache else jnp.zeros((len(new), windows, self.width))
         done = index < (rows.end // self.ratio)[:, None]
-        store = scatter(store, jnp.where(done, index, -1), pooled)
-        return store, None if inputs is None else CompressorCache(inputs, store)
+        return inputs, scatter(store, jnp.where(done, index, -1), pooled)
+
+    def _take_in_by_kernel(self, _, value, gate, cache, rows):
+        ape = self.ape.get_value()
+        inputs, store = pallas.compress(
+            value[0], gate[0], rows.start, rows.end, cache.inputs[0], cache.rows[0],
+            dequantize(ape) if isinstance(ape, QuantTensor) else jnp.asarray(ape),
+            self.norm.weight.get_value(), frequencies(self.config, compressed=True),
+            self.config.rms_eps,
+        )  # fmt: skip
+        return inputs[None], store[None]
 
     def _pool(self, view, index):
         """Return the pooled `[B, windows, N]` of each window in `index`."""

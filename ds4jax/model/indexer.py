@@ -16,7 +16,9 @@ from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.layers import Linear, Weights, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_index
+from ds4jax.pallas import indexer as pallas
 from ds4jax.pallas.matmul import einsum
+from ds4jax.pallas.passes import by_kernel
 
 
 class Indexer(nnx.Module):
@@ -46,13 +48,32 @@ class Indexer(nnx.Module):
           rows: where `x` belongs.
 
         Returns:
-          Indices of the `N = min(top-k, C)` best rows, best first; whether each of
-          them exists yet; and the state after.
+          Indices of the `N = min(top-k, C)` best rows, best first (on a GPU by index
+          where no more than N exist); whether each exists yet; and the state after.
         """
-        score, cache = self.scores(x, q_lora, cache, rows)
-        most = min(self.config.index_topk, score.shape[-1])
-        best, index = jax.lax.top_k(score, most)
-        return index, best > -jnp.inf, cache
+        query, share, keys, cache = self._operands(x, q_lora, cache, rows)
+        most = min(self.config.index_topk, keys.shape[1])
+
+        def pick(query, share, keys):
+            score = self._score(query, share, keys, rows)
+            best, index = jax.lax.top_k(score, most)
+            return index, best > -jnp.inf
+
+        def kernel(width, query, share, keys):
+            c = self.config
+            index = pallas.best(
+                query[0], share[0], keys[0], rows.start, rows.end,
+                frequencies(c, compressed=True), CSA_RATIO, most, c.dtype, width,
+            )  # fmt: skip
+            return index[None], finished(rows, CSA_RATIO, most)
+
+        served = (
+            len(x) == 1
+            and self.config.kv_rounding == "none"
+            and pallas.serves(query[0])
+        )
+        cuda = kernel if served else None
+        return *by_kernel(pick, query, share, keys, cuda=cuda), cache
 
     def scores(
         self,
@@ -62,22 +83,30 @@ class Indexer(nnx.Module):
         rows: Rows,
     ) -> tuple[Float[Array, "B T C"], CompressorCache | None]:
         """Return the score of each compressed row, -inf where there is none yet."""
+        query, share, keys, cache = self._operands(x, q_lora, cache, rows)
+        return self._score(query, share, keys, rows), cache
+
+    def _operands(self, x, q_lora, cache, rows):
+        """Return unrotated queries, the heads' weights, keys and the state after."""
         c = self.config
-        rounded = c.kv_rounding == "ds4"
         # ds4's CPU path keeps the rounded keys in F16.
         keep = lambda row: round_index(row).astype(jnp.float16).astype(jnp.float32)  # noqa: E731
         keys, cache = self.compressor(
-            x, cache, rows, keep if rounded else lambda row: row
+            x, cache, rows, keep if c.kv_rounding == "ds4" else lambda row: row
         )
         query = self.query(q_lora).reshape(*x.shape[:2], c.index_heads, c.index_dim)
+        return query, self.head_weights(x), keys, cache
+
+    def _score(self, query, share, keys, rows):
+        c = self.config
         table = frequencies(c, compressed=True)
         query = rotate(query, rows.positions[..., None], table)
-        if rounded:
+        if c.kv_rounding == "ds4":
             query = round_index(query)
 
         exists = finished(rows, CSA_RATIO, keys.shape[1])
         keys = blank_invisible(keys, exists)
         match = einsum("btij,bcj->btic", query, keys, c.dtype)
-        share = self.head_weights(x) * (c.index_dim * c.index_heads) ** -0.5
+        share = share * (c.index_dim * c.index_heads) ** -0.5
         score = jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
-        return jnp.where(exists, score, -jnp.inf), cache
+        return jnp.where(exists, score, -jnp.inf)

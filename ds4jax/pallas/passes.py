@@ -152,7 +152,7 @@ def by_kernel(
 
     Args:
       product: of rows.
-      rows: its operands.
+      rows: its operands, arrays or trees of them.
       cuda: what NVIDIA GPUs do instead, given `DecodePass.width` first.  It may compute
         as many rows as that and has to return them all: what surrounds it is then the
         same program at every width, and fused alike.

@@ -1,0 +1,151 @@
+"""A compressor behind its projections, on NVIDIA GPUs, in one launch.
+
+As XLA's own kernels it is nine or ten, each of a microsecond.  The ring and the
+finished rows are changed in place.  Nothing here depends on the width of the pass: a
+finished row takes the pass's own inputs from where they were projected, all others from
+the ring, and both are the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from ds4jax.pallas import rope
+
+_CHUNK = 16
+"""Positions pooled at a time."""
+
+
+def serves(
+    new: Float[Array, "T N"], inputs: Float[Array, "P 2 N"], ratio: int, width: int
+) -> bool:
+    """Say whether `compress` is for a compressor of these sizes.
+
+    The ring has to hold what a pass writes beside all that it pools.  In narrower rows
+    most threads of a program would have no channel.
+    """
+    rows, channels = new.shape
+    whole = width & (width - 1) == 0 and ratio & (ratio - 1) == 0 and width >= 128
+    return whole and len(inputs) >= rows + ratio * (channels // width)
+
+
+def compress(
+    value: Float[Array, "T N"],
+    gate: Float[Array, "T N"],
+    start: Int[Array, "1"],
+    end: Int[Array, "1"],
+    inputs: Float[Array, "P 2 N"],
+    rows: Float[Array, "C K"],
+    ape: Float[Array, "ratio N"],
+    norm: Float[Array, "K"],
+    frequencies: np.ndarray,
+    eps: float,
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "P 2 N"], Float[Array, "C K"]]:
+    """Return the state of `model.compressor.Compressor` after a pass's rows.
+
+    Args:
+      value, gate: projections of the pass's rows; windows overlap if N is 2 K.
+      start, end: positions of the first row and behind the last real one.
+      inputs: ring of per-token inputs.
+      rows: finished rows.
+      ape: what is added to the gates, by the place in a window.
+      norm: weight of the RMS norm.
+      frequencies: of the rotation, as of `model.rope.rotate`.
+      eps: epsilon of the norm.
+      interpret: without a GPU.
+    """
+    ratio, width = len(ape), rows.shape[1]
+    windows = -(-len(value) // ratio)
+    turns = jnp.asarray(rope.spread(frequencies, width))
+    operands = start, end, value, gate, ape, norm, turns, inputs, rows
+    kept = len(operands) - 2
+    return pl.pallas_call(
+        functools.partial(_kernel, windows=windows, eps=eps),
+        grid=(windows + len(value),),
+        out_shape=(
+            jax.ShapeDtypeStruct(inputs.shape, inputs.dtype),
+            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
+        ),
+        input_output_aliases={kept: 0, kept + 1: 1},
+        compiler_params=plgpu.CompilerParams(num_warps=8),
+        interpret=interpret,
+        name=f"compress_{ratio}x{width}",
+    )(*operands)
+
+
+def _kernel(
+    start_ref,  # [1]
+    end_ref,  # [1]
+    value_ref,  # [T, N]
+    gate_ref,  # [T, N]
+    ape_ref,  # [ratio, N]
+    norm_ref,  # [K]
+    turns_ref,  # [K / 2]
+    ring_ref,  # [P, 2, N]
+    _rows_ref,  # [C, K]
+    inputs_ref,  # [P, 2, N], the ring again
+    rows_ref,  # [C, K]
+    *, windows, eps,
+):  # fmt: skip
+    start, end = start_ref[0], end_ref[0]
+    size, _, channels = ring_ref.shape
+    ratio, (capacity, width) = len(ape_ref), rows_ref.shape
+    program = pl.program_id(0)
+    row = program - windows
+    position = start + row
+
+    @pl.when((row >= 0) & (position < end))
+    def _keep():
+        slot = jax.lax.rem(position, size)
+        ape = ape_ref[jax.lax.rem(position, ratio), :].astype(jnp.float32)
+        inputs_ref[slot, 0, :] = value_ref[row, :]
+        inputs_ref[slot, 1, :] = gate_ref[row, :] + ape
+
+    index = jax.lax.div(start, ratio) + program
+    done = (row < 0) & (index < jax.lax.div(end, ratio)) & (index < capacity)
+
+    @pl.when(done)
+    def _finish():
+        overlap = channels - width
+        first = index * ratio - (ratio if overlap else 0)
+        pooled = ratio * (channels // width)
+        chunk = min(_CHUNK, pooled)
+
+        def add(step, so_far):
+            positions = first + step * chunk + jnp.arange(chunk)
+            # The previous window speaks through the first half of the channels.
+            shift = jnp.where(positions >= index * ratio, overlap, 0)
+            column = shift[:, None] + jnp.arange(width)[None]
+            is_new = (positions >= start)[:, None]
+            exists = (positions >= 0)[:, None]
+            new = jnp.maximum(positions - start, 0)[:, None]
+            old = jnp.maximum(positions, 0)[:, None]
+            place, slot = jax.lax.rem(old, ratio), jax.lax.rem(old, size)
+            value = jnp.where(is_new, value_ref[new, column], ring_ref[slot, 0, column])
+            gate = gate_ref[new, column] + ape_ref[place, column].astype(jnp.float32)
+            gate = jnp.where(is_new, gate, ring_ref[slot, 1, column])
+            value, gate = jnp.where(exists, value, 0), jnp.where(exists, gate, -jnp.inf)
+
+            peak, total, summed = so_far
+            higher = jnp.maximum(peak, jnp.max(gate, 0))
+            weight = jnp.exp(gate - higher[None])
+            shrink = jnp.exp(peak - higher)
+            total = total * shrink + jnp.sum(weight, 0)
+            return higher, total, summed * shrink + jnp.sum(weight * value, 0)
+
+        zero = jnp.zeros(width, jnp.float32)
+        none = zero - jnp.inf, zero, zero
+        _, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
+        row = summed / total
+        row = row / jnp.sqrt(jnp.sum(row * row) / width + eps) * norm_ref[:]
+        angle = (index * ratio).astype(jnp.float32) * turns_ref[:]
+        rows_ref[index, :] = rope.rotate(row, jnp.cos(angle), jnp.sin(angle))
