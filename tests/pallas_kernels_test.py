@@ -96,6 +96,23 @@ def test_f16(out):
         assert_copies(found, expected, width)
 
 
+@pytest.mark.parametrize("name", ["Q8_0", "F16"])
+def test_weights_in_one_launch(name):
+    """Each product has the bits that it has by itself.
+
+    Seen red with the last rows of each left out.
+    """
+    weights = [weight(name, out) for out in (24, 8, 16)]
+    x, kernel = rows(ROWS), f16
+    if name == "Q8_0":
+        x, kernel = fix(x, "bfloat16", interpret=True), q8_0
+    tile = (2, 8 if name == "Q8_0" else IN, 2)
+    found = kernel.matvecs(x, weights, 3, interpret=True, tile=tile)
+    for out, w in zip(found, weights, strict=True):
+        alone = kernel.matvec(x, w, width=3, interpret=True, tile=tile)
+        same(out, alone.reshape(out.shape))
+
+
 @DTYPES
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("name", experts.FORMATS)

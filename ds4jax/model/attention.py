@@ -22,7 +22,7 @@ from ds4jax.model.cache import (
 )
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project, rms, scope
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
@@ -131,11 +131,12 @@ class Attention(nnx.Module):
         if c.kv_rounding == "ds4":
             keep = lambda row: round_kv(row, c.rope_dim)  # noqa: E731
 
-        q_lora = self.q_norm(self.q_a(x))
+        q_lora, row = project(x, self.q_a, self.kv)
+        q_lora = self.q_norm(q_lora)
         query = self.q_b(q_lora).reshape(*x.shape[:2], c.heads, c.head_dim)
         query = rotate(rms(query, c.rms_eps), rows.positions[..., None], table)
 
-        row = keep(rotate(self.kv_norm(self.kv(x)), rows.positions, table))
+        row = keep(rotate(self.kv_norm(row), rows.positions, table))
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
         age = rows.positions[..., None] - view.positions[:, None]

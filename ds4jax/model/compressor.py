@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model.cache import CompressorCache, Rows, extend, scatter
-from ds4jax.model.layers import Linear, RMSNorm, Weights
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.quant import dequantize
 
@@ -50,7 +50,8 @@ class Compressor(nnx.Module):
           live for a query at t if `w < (t + 1) // ratio`.
         """
         ape = dequantize(self.ape.get_value())[rows.positions % self.ratio]
-        new = jnp.stack([self.kv(x), self.gate(x) + ape], axis=2)
+        kv, gate = project(x, self.kv, self.gate)
+        new = jnp.stack([kv, gate + ape], axis=2)
         view, inputs = extend(cache and cache.inputs, new, rows)
 
         # No pass of T rows completes more windows than this.
