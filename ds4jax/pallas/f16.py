@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float16
 
-from ds4jax.pallas.joined import for_own_weight
+from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
 
 
 def matvec(
@@ -54,7 +54,9 @@ def matvecs(
     outs, k = [len(w) for w in weights], x.shape[1]
     bn, bk, warps = tile or _tile(outs, k)
     return pl.pallas_call(
-        functools.partial(_kernel, bn=bn, bk=bk, width=width or len(x)),
+        functools.partial(
+            _kernel, bn=bn, bk=bk, width=width or len(x), interpret=interpret
+        ),
         grid=(sum(n // bn for n in outs),),
         out_shape=tuple(jax.ShapeDtypeStruct((len(x), n), jnp.float32) for n in outs),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
@@ -72,7 +74,7 @@ def _tile(outs: list[int], k: int) -> tuple[int, int, int]:
 def _kernel(
     x_ref,  # [R, In]
     *refs,  # of each weight [Out, In], then of each output [R, Out]
-    bn, bk, width,
+    bn, bk, width, interpret,
 ):  # fmt: skip
     weights, outs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
 
@@ -81,7 +83,8 @@ def _kernel(
 
         def add(step, sums):
             columns = pl.ds(step * bk, bk)
-            w = weights[weight][own, columns].astype(jnp.float32)
+            w = read_once(weights[weight], (own, columns), interpret)
+            w = w.astype(jnp.float32)
             return tuple(
                 so_far + w * x_ref[row, columns].astype(jnp.float32)[None]
                 for row, so_far in enumerate(sums)
@@ -90,8 +93,6 @@ def _kernel(
         zero = jnp.zeros((bn, bk), jnp.float32)
         steps = x_ref.shape[1] // bk
         sums = jax.lax.fori_loop(0, steps, add, (zero,) * width)
-        results = [jnp.sum(so_far, -1) for so_far in sums]
-        for row in range(outs[weight].shape[0]):
-            outs[weight][row, own] = results[min(row, width - 1)]
+        write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
 
     for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)

@@ -16,8 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.fixed_point import FixedPoint, dot, total
-from ds4jax.pallas.joined import for_own_weight
+from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
+from ds4jax.pallas.fixed_point import FixedPoint, add_dot, total
 from ds4jax.quant import QuantTensor
 
 
@@ -72,8 +72,9 @@ def _matvecs(x, weights, groups, width, interpret, tile):
     planes = [
         plane
         for w in weights
-        for plane in (w.planes["quants"].reshape(-1, scales, 8), w.planes["d"])
+        for plane in (w.planes["quants"].reshape(-1, scales, 2, 4), w.planes["d"])
     ]
+    words = x.words.reshape(*x.words.shape[:3], 2, 4)
     return pl.pallas_call(
         functools.partial(
             _kernel,
@@ -88,7 +89,7 @@ def _matvecs(x, weights, groups, width, interpret, tile):
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name=f"q8_0_{width or rows}x{'_'.join(map(str, outs))}x{32 * scales}",
-    )(x.words, x.scale, *planes)
+    )(words, x.scale, *planes)
 
 
 def _tile(outs: list[int], scales: int) -> tuple[int, int, int]:
@@ -99,40 +100,52 @@ def _tile(outs: list[int], scales: int) -> tuple[int, int, int]:
 
 
 def _kernel(
-    words_ref,  # [R * groups, limbs, In / 32, 8]
+    words_ref,  # [R * groups, limbs, In / 32, 2, 4]
     scale_ref,  # [R * groups, In / 32]
-    *refs,  # of each weight quants [Out, In / 32, 8] and d [Out, In / 32], then of each
-    # output [R, Out]
+    *refs,  # of each weight quants [Out, In / 32, 2, 4] and d [Out, In / 32], then of
+    # each output [R, Out]
     bn, bg, width, groups, interpret,
 ):  # fmt: skip
     outs = refs[len(refs) // 3 * 2 :]
 
     def multiply(weight, block):
         quants_ref, d_ref = refs[2 * weight : 2 * weight + 2]
-        own = pl.ds(block * bn, bn)
+        own, half = pl.ds(block * bn, bn), slice(None)
         group = block * bn // (d_ref.shape[0] // groups)
 
         def add(step, sums):
             columns = pl.ds(step * bg, bg)
-            quants = quants_ref[own, columns, :]
+            quants = read_once(quants_ref, (own, columns, half, half), interpret)
             d = d_ref[own, columns].astype(jnp.float32)
             added = []
             for row, so_far in enumerate(sums):
                 at = row * groups + group
                 limbs = [
-                    words_ref[at, limb, columns, :][None]
+                    words_ref[at, limb, columns, :, :][None]
                     for limb in range(words_ref.shape[1])
                 ]
-                parts = [jnp.sum(part, -1) for part in dot(quants, limbs, interpret)]
                 scale = scale_ref[at, columns][None]
+                parts = _dot(quants, limbs, interpret)
                 added.append(so_far + total(parts) * (d * scale))
             return tuple(added)
 
         zero = jnp.zeros((bn, bg), jnp.float32)
         steps = d_ref.shape[1] // bg
         sums = jax.lax.fori_loop(0, steps, add, (zero,) * width)
-        results = [jnp.sum(so_far, -1) for so_far in sums]
-        for row in range(outs[weight].shape[0]):
-            outs[weight][row, own] = results[min(row, width - 1)]
+        write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
 
     for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)
+
+
+def _dot(quants, limbs, interpret):
+    """Return what `fixed_point.dot` gives for groups, summed over each."""
+    # Four words of a thread after one another: their sum takes no more instructions.
+    words = [
+        [word.reshape(array.shape[:-1]) for word in jnp.split(array, 4, axis=-1)]
+        for array in (quants, *limbs)
+    ]
+    sums = [jnp.zeros(words[0][0].shape, jnp.int32) for _ in limbs]
+    for w, *x in zip(*words, strict=True):
+        sums = add_dot(sums, w, x, interpret)
+    high, low, *rest = sums
+    return [jnp.sum(part, -1) for part in (high * 256 + low, *rest)]
