@@ -76,13 +76,15 @@ def test_q8_0(out, dtype):
 
 
 @DTYPES
-def test_q8_0_by_groups(dtype):
-    x, w = rows(ROWS, 3), weight("Q8_0", 24)
+@pytest.mark.parametrize("groups, out", [(3, 8), (6, 2)])
+def test_q8_0_by_groups(groups, out, dtype):
+    """Seen red with programs of four rows where a group has two."""
+    x, w = rows(ROWS, groups), weight("Q8_0", groups * out)
     fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
-    expected = q8_0.matvec(fixed, w, 3, interpret=True)
-    parts = jax.tree.map(lambda plane: plane.reshape(3, 8, -1), w)
+    expected = q8_0.matvec(fixed, w, groups, interpret=True)
+    parts = jax.tree.map(lambda plane: plane.reshape(groups, out, -1), w)
     check(expected, "rgi,goi->rgo", x, parts, dtype)
-    found = q8_0.matvec(fixed, w, 3, 2, interpret=True)
+    found = q8_0.matvec(fixed, w, groups, 2, interpret=True)
     assert_copies(found, expected, 2)
 
 
