@@ -94,14 +94,11 @@ def _matvecs(x, weights, groups, width, interpret, tile):
 
 def _tile(outs: list[int], groups: int, scales: int) -> tuple[int, int, int]:
     """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
-    n, own = sum(outs), [n // groups for n in outs]
-    fitting = min(size & -size for size in own)
+    n, bn = sum(outs), min(4, *(n // groups & -(n // groups) for n in outs))
     if n > 65536:
-        return min(fitting, 4), min(scales & -scales, 8), 1
-    bg = min(scales & -scales, 128 if scales <= 128 else 64)
-    # Few programs leave processors idle, many are over before the memory is busy.
-    bn = 8 if 2048 < n <= 16384 else 4
-    return min(fitting, bn), bg, max(bg // 16, 1)
+        return bn, min(scales & -scales, 8), 1
+    bg = min(scales & -scales, 128 if n <= 2048 else 64)
+    return bn, bg, max(bg // 16, 1)
 
 
 def _kernel(
