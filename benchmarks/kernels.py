@@ -1,9 +1,10 @@
 """Every product at the shapes of DeepSeek-V4-Flash, against XLA and the memory.
 
-A row is one product by one weight, of one or two rows in bfloat16 (Q4_K, Q2_K, IQ2_XXS:
-six experts for each row, all different).  Times are of kernels on the device, medians
-over weights that together do not fit into the cache; XLA's are of all it launches for
-the eight rows that a decode pass has, which is what a kernel is there instead of.
+A row is what one launch multiplies, a weight or several of the same input, with one,
+two or four rows in bfloat16 (Q4_K, Q2_K, IQ2_XXS: six experts for each row, all
+different).  Times are of kernels on the device, medians over weights that together do
+not fit into the cache; XLA's are of all it launches for the eight rows that a decode
+pass has, which is what a kernel is there instead of.
 `error` is against float64, relative to the norm.
 
 Example:
@@ -12,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,30 +30,35 @@ from ds4jax.files import write_table
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.pallas import experts, f16, q8_0
 from ds4jax.pallas.fixed_point import fix
-from ds4jax.pallas.matmul import expert_matmul, grouped_matmul, quant_matmul
+from ds4jax.pallas.matmul import expert_matmul, grouped_matmul, quant_matmuls
 from ds4jax.quant import dequantize
 
 _OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
 
 EXPERTS, USED = 64, 6
 SHAPES = [
-    ("Q8_0", "LM head", 129280, 4096, 1),
-    ("Q8_0", "attn_q_b", 32768, 1024, 1),
-    ("Q8_0", "attn_output_a", 8192, 4096, 8),
-    ("Q8_0", "attn_output_b", 4096, 8192, 1),
-    ("Q8_0", "shared gate, up", 2048, 4096, 1),
-    ("Q8_0", "shared down", 4096, 2048, 1),
-    ("Q8_0", "attn_q_a", 1024, 4096, 1),
-    ("Q8_0", "attn_kv", 512, 4096, 1),
-    ("F16", "indexer query", 8192, 1024, 1),
-    ("F16", "compressor", 1024, 4096, 1),
-    ("F16", "router", 256, 4096, 1),
-    ("IQ2_XXS", "expert gate, up", 2048, 4096, 1),
-    ("Q2_K", "expert down", 4096, 2048, 1),
-    ("Q4_K", "expert gate, up", 2048, 4096, 1),
-    ("Q4_K", "expert down", 4096, 2048, 1),
+    ("Q8_0", "LM head", [129280], 4096, 1),
+    ("Q8_0", "attn_q_b", [32768], 1024, 1),
+    ("Q8_0", "attn_output_a", [8192], 4096, 8),
+    ("Q8_0", "attn_output_b", [4096], 8192, 1),
+    ("Q8_0", "shared gate, up", [2048], 4096, 1),
+    ("Q8_0", "shared down", [4096], 2048, 1),
+    ("Q8_0", "attn_q_a, attn_kv", [1024, 512], 4096, 1),
+    ("F16", "indexer query", [8192], 1024, 1),
+    ("F16", "CSA compressor", [1024, 1024], 4096, 1),
+    ("F16", "HCA compressor", [512, 512], 4096, 1),
+    ("F16", "indexer compressor", [256, 256], 4096, 1),
+    ("F16", "indexer heads", [64], 4096, 1),
+    ("F16", "router", [256], 4096, 1),
+    ("IQ2_XXS", "expert gate, up", [2048], 4096, 1),
+    ("Q2_K", "expert down", [4096], 2048, 1),
+    ("Q4_K", "expert gate, up", [2048], 4096, 1),
+    ("Q4_K", "expert down", [4096], 2048, 1),
 ]
-"""Format, what it is, rows and columns of the weight, and its groups."""
+"""Format, what it is, rows of each weight and their columns, and a weight's groups."""
+
+CACHE = 50e6
+"""Bytes that stay on the device between launches."""
 
 
 def random_weight(seed: int, format: str, shape: tuple[int, ...]) -> Any:
@@ -67,20 +74,23 @@ def median_us(run: Callable[[Any], Any], operands: Sequence[Any], own: str) -> f
 
     Args:
       run: what to time.
-      operands: to call it with, in one program.
+      operands: to call it with, one after the other.
       own: how names of the kernels to count begin; "" counts all, as a mean.
     """
-    program = jax.jit(lambda operands: [run(operand) for operand in operands])
-    jax.block_until_ready(program(operands))
-    found = [x for x in launches(lambda: program(operands)) if x.name.startswith(own)]
+    program = jax.jit(run)
+    jax.block_until_ready(program(operands[0]))
+    found = launches(lambda: [program(operand) for operand in operands])
+    found = [launch for launch in found if launch.name.startswith(own)]
     if own:
         return float(np.median([launch.us for launch in found]))
     return sum(launch.us for launch in found) / len(operands)
 
 
-def measure(format: str, n: int, k: int, groups: int, rows: int) -> dict[str, Any]:
+def measure(
+    format: str, outs: list[int], k: int, groups: int, rows: int
+) -> dict[str, Any]:
     """Return the columns that are measured of a line of SHAPES."""
-    is_expert = format in experts.FORMATS
+    is_expert, n = format in experts.FORMATS, outs[0]
     vectors = USED if is_expert and n > k else groups
     x = jax.random.normal(jax.random.key(1), (rows, vectors, k))
     x = x.astype(jnp.bfloat16).astype(jnp.float32)
@@ -92,29 +102,33 @@ def measure(format: str, n: int, k: int, groups: int, rows: int) -> dict[str, An
         nbytes = w.nbytes // EXPERTS * rows * USED
         kernel = lambda ids: experts.matvec(fixed, w, ids)  # noqa: E731
 
-        def plain(ids):
-            ids = jnp.pad(ids, ((0, DECODE_ROWS - rows), (0, 0)), "edge")
-            return expert_matmul(filled, w, ids, "bfloat16")
-
+        padding = (0, DECODE_ROWS - rows), (0, 0)
+        plain = lambda ids: expert_matmul(  # noqa: E731
+            filled, w, jnp.pad(ids, padding, "edge"), "bfloat16"
+        )
         chosen = jax.tree.map(lambda plane: plane[operands[0]], w)
         exact = np.einsum("rui,ruoi->ruo", np.broadcast_to(x, (rows, USED, k)),
                           np.asarray(dequantize(chosen), np.float64))  # fmt: skip
     else:
-        count = max(3, min(16, int(2e8 / (n * k))))
-        operands = [random_weight(i, format, (n, k)) for i in range(count)]
-        nbytes = operands[0].nbytes
+        make = lambda i: [random_weight(i, format, (n, k)) for n in outs]  # noqa: E731
+        nbytes = sum(w.nbytes for w in make(0))
+        operands = [make(i) for i in range(max(3, math.ceil(2.5 * CACHE / nbytes)))]
+        plain = lambda ws: quant_matmuls(filled, ws, "bfloat16")  # noqa: E731
         if format == "F16":
-            kernel = lambda w: f16.matvec(x[:, 0], w)  # noqa: E731
+            kernel = lambda ws: f16.matvecs(x[:, 0].astype("bfloat16"), ws)  # noqa: E731
+        elif groups > 1:
+            plain = lambda ws: grouped_matmul(filled, ws[0], "bfloat16")  # noqa: E731
+            kernel = lambda ws: q8_0.matvec(fixed, ws[0], groups)  # noqa: E731
         else:
-            kernel = lambda w: q8_0.matvec(fixed, w, groups)  # noqa: E731
-        product = grouped_matmul if groups > 1 else quant_matmul
-        plain = lambda w: product(filled, w, "bfloat16")  # noqa: E731
+            kernel = lambda ws: q8_0.matvecs(fixed, ws)  # noqa: E731
+
         # Of a large weight, the rows of the first part are enough to compare.
-        part = jax.tree.map(lambda plane: plane[: min(n // groups, 1024)], operands[0])
+        most = min(n // groups, 1024)
+        part = jax.tree.map(lambda plane: plane[:most], operands[0][0])
         exact = np.asarray(x[:, 0], np.float64) @ np.asarray(dequantize(part)).T
-    found = np.asarray(jax.jit(kernel)(operands[0])).reshape(rows, -1)
+    found = jax.tree.leaves(jax.jit(kernel)(operands[0]))[0].reshape(rows, -1)
     exact = exact.reshape(rows, -1)
-    found = found[:, : exact.shape[1]]
+    found = np.asarray(found[:, : exact.shape[1]])
     return {
         "bytes": nbytes,
         "us": median_us(kernel, operands, format.lower()),
@@ -136,15 +150,16 @@ def main(argv: Sequence[str]):
     where = environment.describe()
     print(f"{where['device']}: reads {bandwidth / 1e12:.2f} TB/s")
     table = []
-    for format, name, n, k, groups in SHAPES:
-        for rows in (1, 2):
-            found = measure(format, n, k, groups, rows)
+    for format, name, outs, k, groups in SHAPES:
+        n = "+".join(map(str, outs))
+        for rows in (1, 2, 4):
+            found = measure(format, outs, k, groups, rows)
             share = found["bytes"] / found["us"] * 1e6 / bandwidth
             faster = found["xla_us"] / found["us"]
             print(
-                f"{format:8s}{name:18s}{n:7d} x {k:5d}, {rows} rows: {found['us']:7.1f}"
-                f" us, {share:4.0%} of read bandwidth, {faster:5.1f} times XLA, error"
-                f" {found['error']:.0e}",
+                f"{format:8s}{name:20s}{n:>9s} x {k:5d}, {rows} rows:"
+                f" {found['us']:7.1f} us, {share:4.0%} of read bandwidth, {faster:5.1f}"
+                f" times XLA, error {found['error']:.0e}",
                 flush=True,
             )
             table.append(

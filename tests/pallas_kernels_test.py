@@ -18,7 +18,7 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0, router
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, fix
 from ds4jax.pallas.matmul import expert_matmul
-from ds4jax.quant import dequantize
+from ds4jax.quant import QuantTensor, dequantize
 
 ROWS = 8
 WIDTHS = (1, 2, 3, 4, 7)
@@ -77,13 +77,15 @@ def test_q8_0(out, dtype):
 
 
 @DTYPES
-def test_q8_0_by_groups(dtype):
-    x, w = rows(ROWS, 3), weight("Q8_0", 24)
+@pytest.mark.parametrize("groups, out", [(3, 8), (6, 2)])
+def test_q8_0_by_groups(groups, out, dtype):
+    """Seen red with programs of four rows where a group has two."""
+    x, w = rows(ROWS, groups), weight("Q8_0", groups * out)
     fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
-    expected = q8_0.matvec(fixed, w, 3, interpret=True)
-    parts = jax.tree.map(lambda plane: plane.reshape(3, 8, -1), w)
+    expected = q8_0.matvec(fixed, w, groups, interpret=True)
+    parts = jax.tree.map(lambda plane: plane.reshape(groups, out, -1), w)
     check(expected, "rgi,goi->rgo", x, parts, dtype)
-    found = q8_0.matvec(fixed, w, 3, 2, interpret=True)
+    found = q8_0.matvec(fixed, w, groups, 2, interpret=True)
     assert_copies(found, expected, 2)
 
 
@@ -95,6 +97,60 @@ def test_f16(out):
     for width in WIDTHS if out == 24 else ():
         found = f16.matvec(x.at[width:].set(jnp.nan), w, width, interpret=True)
         assert_copies(found, expected, width)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "F16"])
+def test_weights_in_one_launch(name):
+    """Each product has the bits that it has by itself.
+
+    Seen red with the last rows of each left out.
+    """
+    weights = [weight(name, out) for out in (24, 8, 16)]
+    x, kernel = rows(ROWS), f16
+    if name == "Q8_0":
+        x, kernel = fix(x, "bfloat16", interpret=True), q8_0
+    tile = (2, 8 if name == "Q8_0" else IN, 2)
+    found = kernel.matvecs(x, weights, 3, interpret=True, tile=tile)
+    for out, w in zip(found, weights, strict=True):
+        alone = kernel.matvec(x, w, width=3, interpret=True, tile=tile)
+        same(out, alone.reshape(out.shape))
+
+
+@pytest.mark.parametrize(
+    "name, outs, size, groups",
+    [
+        ("Q8_0", [129280], 4096, 1),
+        ("Q8_0", [32768], 1024, 1),
+        ("Q8_0", [8192], 4096, 8),
+        ("Q8_0", [4096], 8192, 1),
+        ("Q8_0", [4096], 2048, 1),
+        ("Q8_0", [1024, 512], 4096, 1),
+        ("F16", [8192], 1024, 1),
+        ("F16", [1024, 1024], 4096, 1),
+        ("F16", [64], 4096, 1),
+    ],
+)
+def test_dense_kernels_lower_at_the_shapes_of_flash(name, outs, size, groups):
+    """Triton takes powers of two only, and not all operations."""
+    shape = jax.ShapeDtypeStruct
+
+    def packed(n):
+        planes = {"quants": shape((n, size // 4), jnp.uint32)}
+        return QuantTensor(name, planes | {"d": shape((n, size // 32), jnp.float16)})
+
+    def product(x, weights):
+        if name == "F16":
+            return f16.matvecs(x, weights, 2)
+        if groups > 1:
+            return q8_0.matvec(fix(x, "bfloat16"), weights[0], groups, 2)
+        return q8_0.matvecs(fix(x, "float32"), weights, 2)
+
+    weights = [
+        shape((n, size), jnp.float16) if name == "F16" else packed(n) for n in outs
+    ]
+    traced = jax.jit(product).trace(shape((8 * groups, size), jnp.float32), weights)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert f"{name.lower()}_2x{outs[0]}" in lowered
 
 
 @DTYPES

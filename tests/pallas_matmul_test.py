@@ -23,7 +23,9 @@ from ds4jax.pallas.matmul import (
     experts_in_groups,
     grouped_matmul,
     quant_matmul,
+    quant_matmuls,
 )
+from ds4jax.pallas.passes import watching
 from ds4jax.quant import dequantize
 
 WORST = 2.0**-20
@@ -83,6 +85,18 @@ def test_quant_matmul(name, dtype):
     for shape in ((), (1,), (2, 5)):
         x = rows(*shape)
         check(quant_matmul(x, w, dtype), "...i,oi->...o", x, w, dtype)
+
+
+@pytest.mark.parametrize("names", [("Q8_0", "Q8_0"), ("Q8_0", "F16")])
+def test_several_weights_of_the_same_rows(names):
+    """As one by one, and reported one by one."""
+    x, told = rows(2, 5), []
+    weights = [weight(name, out) for name, out in zip(names, (24, 8), strict=True)]
+    with watching(lambda x, w, ids: told.append(w)):
+        found = quant_matmuls(x, weights, "bfloat16")
+    assert [id(w) for w in told] == [id(w) for w in weights]
+    for out, w in zip(found, weights, strict=True):
+        same(out, quant_matmul(x, w, "bfloat16"))
 
 
 @EVERY_TYPE

@@ -25,7 +25,7 @@ from ds4jax.model.cache import (
 )
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project, rms, scope
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
@@ -142,9 +142,10 @@ class Attention(nnx.Module):
           rows exist than it may pick), else None.
         """
         c = self.config
-        q_lora = self.q_norm(self.q_a(x))
+        q_lora, row = project(x, self.q_a, self.kv)
+        q_lora = self.q_norm(q_lora)
         query = self.q_b(q_lora).reshape(*x.shape[:2], c.heads, c.head_dim)
-        query, row = self._prepare(query, self.kv(x), rows)
+        query, row = self._prepare(query, row, rows)
 
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model.cache import CompressorCache, Rows, extend, scatter
-from ds4jax.model.layers import Linear, RMSNorm, Weights
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.pallas import compressor as pallas
 from ds4jax.pallas.passes import by_kernel
@@ -53,7 +53,7 @@ class Compressor(nnx.Module):
           All rows finished so far, at their index, and the state after.  Row w is
           live for a query at t if `w < (t + 1) // ratio`.
         """
-        value, gate = self.kv(x), self.gate(x)
+        value, gate = project(x, self.kv, self.gate)
         take_in = functools.partial(self._take_in, rows=rows, round_row=round_row)
         if cache is None:
             return take_in(value, gate, None)[1], None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.matmul import quant_matmul
+from ds4jax.pallas.matmul import quant_matmuls
 from ds4jax.pallas.passes import Weight
 from ds4jax.quant import dequantize
 
@@ -33,7 +33,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows In"]) -> Float[Array, "*rows Out"]:
         """Return `W x` in float32, the operands rounded to `dtype`."""
-        return quant_matmul(x, self.weight.get_value(), self.dtype)
+        (y,) = project(x, self)
+        return y
+
+
+def project(
+    x: Float[Array, "*rows In"], *maps: Linear
+) -> tuple[Float[Array, "*rows _"], ...]:
+    """Return what each of some maps of one operand type gives for the same rows."""
+    weights = [linear.weight.get_value() for linear in maps]
+    return quant_matmuls(x, weights, maps[0].dtype)
 
 
 def rms(x: Float[Array, "*rows N"], eps: float) -> Float[Array, "*rows N"]:

@@ -7,6 +7,7 @@ compressors and indexers.  Each row's sum has one order, fixed by the weight's s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float16
+
+from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
 
 
 def matvec(
@@ -24,52 +27,73 @@ def matvec(
     interpret: bool = False,
     tile: tuple[int, int, int] | None = None,
 ) -> Float[Array, "R Out"]:
-    """Return the products of rows with a float16 weight, float32.
+    """Return the products of rows with a float16 weight, float32; as `matvecs`."""
+    (out,) = matvecs(x, [w], width, interpret=interpret, tile=tile)
+    return out
+
+
+def matvecs(
+    x: Float[Array, "R In"],
+    weights: Sequence[Float16[Array | np.ndarray, "_ In"]],
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+    tile: tuple[int, int, int] | None = None,
+) -> tuple[Float[Array, "R _"], ...]:
+    """Return the products of rows with each of some weights, in one launch, float32.
 
     Args:
       x: the rows.
-      w: the weight.
+      weights: [Out, In], each with an Out of its own.
       width: how many rows to compute; the others' results are copies of the last of
         these.  All if not given.
       interpret: without a GPU.
       tile: rows and columns that a program takes at a time, and its warps; by the
-        weight's shape if not given.
+        weights' shapes if not given.
     """
-    n, k = w.shape
-    bn, bk, warps = tile or _tile(n, k)
+    outs, k = [len(w) for w in weights], x.shape[1]
+    bn, bk, warps = tile or _tile(outs, k)
     return pl.pallas_call(
-        functools.partial(_kernel, bn=bn, bk=bk, width=width or len(x)),
-        grid=(n // bn,),
-        out_shape=jax.ShapeDtypeStruct((len(x), n), jnp.float32),
+        functools.partial(
+            _kernel, bn=bn, bk=bk, width=width or len(x), interpret=interpret
+        ),
+        grid=(sum(n // bn for n in outs),),
+        out_shape=tuple(jax.ShapeDtypeStruct((len(x), n), jnp.float32) for n in outs),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name=f"f16_{width or len(x)}x{n}x{k}",
-    )(x, w)
+        name=f"f16_{width or len(x)}x{'_'.join(map(str, outs))}x{k}",
+    )(x, *weights)
 
 
-def _tile(n: int, k: int) -> tuple[int, int, int]:
-    if n <= 512:
-        return 1, min(k & -k, 4096), 8
-    return min(n & -n, 2), min(k & -k, 1024), 4
+def _tile(outs: list[int], k: int) -> tuple[int, int, int]:
+    """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
+    n, bk = sum(outs), min(k & -k, 4096)
+    bn = 1 if n <= 512 else min(2, *(size & -size for size in outs))
+    return bn, bk, max(bk // (512 if n <= 1024 else 1024), 1)
 
 
 def _kernel(
     x_ref,  # [R, In]
-    w_ref,  # [Out, In]
-    out_ref,  # [R, Out]
-    *, bn, bk, width,
+    *refs,  # of each weight [Out, In], then of each output [R, Out]
+    bn, bk, width, interpret,
 ):  # fmt: skip
-    own = pl.ds(pl.program_id(0) * bn, bn)
+    weights, outs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
 
-    def add(step, sums):
-        columns = pl.ds(step * bk, bk)
-        w = w_ref[own, columns].astype(jnp.float32)
-        return tuple(
-            so_far + w * x_ref[row, columns][None] for row, so_far in enumerate(sums)
-        )
+    def multiply(weight, block):
+        own = pl.ds(block * bn, bn)
 
-    zero = jnp.zeros((bn, bk), jnp.float32)
-    sums = jax.lax.fori_loop(0, w_ref.shape[1] // bk, add, (zero,) * width)
-    results = [jnp.sum(so_far, -1) for so_far in sums]
-    for row in range(out_ref.shape[0]):
-        out_ref[row, own] = results[min(row, width - 1)]
+        def add(step, sums):
+            columns = pl.ds(step * bk, bk)
+            w = read_once(weights[weight], (own, columns), interpret)
+            w = w.astype(jnp.float32)
+            return tuple(
+                so_far + w * x_ref[row, columns].astype(jnp.float32)[None]
+                for row, so_far in enumerate(sums)
+            )
+
+        zero = jnp.zeros((bn, bk), jnp.float32)
+        steps = x_ref.shape[1] // bk
+        sums = jax.lax.fori_loop(0, steps, add, (zero,) * width)
+        write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
+
+    for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)

@@ -123,6 +123,21 @@ def dot(
     return [first, *(_assembly("dp4a.s32.s32 $0, $1, $2, 0;", w, x) for x in limbs[2:])]
 
 
+def add_dot(
+    sums: list[Int[Array, "..."]],
+    w: UInt32[Array, "..."],
+    limbs: list[UInt32[Array, "..."]],
+    interpret: bool,
+) -> list[Int[Array, "..."]]:
+    """Return `sums`, one for each limb, with the products of `dot` added."""
+    if interpret:
+        return [so_far + _bytewise(w, x) for so_far, x in zip(sums, limbs, strict=True)]
+    code = "dp4a.s32.s32 $0, $1, $2, $3;"
+    return [
+        _assembly(code, w, x, so_far) for so_far, x in zip(sums, limbs, strict=True)
+    ]
+
+
 def total(parts: list[Int[Array, "..."]]) -> Float[Array, "..."]:
     """Return sums of what `dot` gives as float32, in units of the scale."""
     value = parts[0].astype(jnp.float32)

@@ -9,7 +9,7 @@ decode passes of NVIDIA GPUs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -70,36 +70,55 @@ def quant_matmul(
     x: Float[Array, "*rows In"], w: Weight, dtype: str = "float32"
 ) -> Float[Array, "*rows Out"]:
     """Return `x @ w.T` in float32, for `w [Out, In]`."""
-    tell(x, w)
-    values = dequantize(w)
-    product = lambda x: einsum("...i,oi->...o", x, values, dtype)  # noqa: E731
-    return by_rows(product, x, cuda=_dense_kernel(w, dtype))
+    (out,) = quant_matmuls(x, [w], dtype)
+    return out
 
 
-def _dense_kernel(w: Weight, dtype: str) -> Callable[[int, Array], Array] | None:
-    """Return the kernel of `by_kernel` for a weight, if there is one."""
-    if isinstance(w, QuantTensor) and w.format == "Q8_0":
+def quant_matmuls(
+    x: Float[Array, "*rows In"], weights: Sequence[Weight], dtype: str = "float32"
+) -> tuple[Float[Array, "*rows _"], ...]:
+    """Return `quant_matmul(x, w, dtype)` for each of some weights.
 
-        def multiply(x: Array, width: int) -> Array:
-            return q8_0.matvec(fix(x, dtype), w, width=width)[:, 0]
+    A GPU's kernels take them all in one launch, if they are of one format.
+    """
+    for w in weights:
+        tell(x, w)
+    values = [dequantize(w) for w in weights]
+    product = lambda x: tuple(einsum("...i,oi->...o", x, v, dtype) for v in values)  # noqa: E731
+    return by_rows(product, x, cuda=_dense_kernel(weights, dtype))
 
-    elif not isinstance(w, QuantTensor) and w.dtype == jnp.float16:
 
-        def multiply(x: Array, width: int) -> Array:
-            return f16.matvec(x.astype(dtype).astype(jnp.float32), w, width)
+def _dense_kernel(
+    weights: Sequence[Weight], dtype: str
+) -> Callable[[int, Array], tuple[Array, ...]] | None:
+    """Return the kernel of `by_kernel` for weights of one format, if there is one."""
+    packed = [w for w in weights if isinstance(w, QuantTensor) and w.format == "Q8_0"]
+    halves = [
+        w for w in weights if not isinstance(w, QuantTensor) and w.dtype == jnp.float16
+    ]
+    if len(packed) == len(weights):
+
+        def multiply(x: Array, width: int) -> tuple[Array, ...]:
+            return q8_0.matvecs(fix(x, dtype), packed, width)
+
+    elif len(halves) == len(weights):
+
+        def multiply(x: Array, width: int) -> tuple[Array, ...]:
+            return f16.matvecs(x.astype(dtype), halves, width)
 
     else:
         return None
 
-    def kernel(width: int, x: Array) -> Array:
+    def kernel(width: int, x: Array) -> tuple[Array, ...]:
         if x.ndim == 3:
-            return multiply(x[0], width)[None]
+            return tuple(out[None] for out in multiply(x[0], width))
         # Several vectors a row: the sums of 8 at most fit into registers.
         vectors = x[0, :width].reshape(-1, x.shape[-1])
         parts = (vectors[i : i + 8] for i in range(0, len(vectors), 8))
-        found = jnp.concatenate([multiply(part, len(part)) for part in parts])
-        found = found.reshape(1, width, *x.shape[2:-1], -1)
-        return found[:, jnp.minimum(jnp.arange(x.shape[1]), width - 1)]
+        found = zip(*(multiply(part, len(part)) for part in parts), strict=True)
+        shape = 1, width, *x.shape[2:-1], -1
+        copied = jnp.minimum(jnp.arange(x.shape[1]), width - 1)
+        return tuple(jnp.concatenate(out).reshape(shape)[:, copied] for out in found)
 
     return kernel
 

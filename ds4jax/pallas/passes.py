@@ -109,11 +109,11 @@ def _run_within(run, decode_pass, *args):
 
 
 def by_rows(
-    product: Callable[..., Array],
+    product: Callable[..., PyTree],
     *rows: Array,
-    cuda: Callable[..., Array] | None = None,
-) -> Array:
-    """Return `product(*rows)`, [1, T, ...]; of a decode pass, the fastest way.
+    cuda: Callable[..., PyTree] | None = None,
+) -> PyTree:
+    """Return `product(*rows)`, arrays [1, T, ...]; of a decode pass, the fastest way.
 
     A CPU has to compute each row, and the first brings a weight into its cache for the
     next: it takes those that anyone looks at, one after the other, and a row's result
@@ -128,16 +128,21 @@ def by_rows(
     decode_pass = _decode_pass.get()
     if decode_pass is None or is_watched():
         return product(*rows)
-    shape = jax.eval_shape(product, *rows)
+    shapes = jax.eval_shape(product, *rows)
 
     def one_by_one(*rows):
         def add_row(index, total):
             row = (jax.lax.dynamic_slice_in_dim(a, index, 1, 1) for a in rows)
-            return jax.lax.dynamic_update_slice_in_dim(total, product(*row), index, 1)
+            put = lambda all, one: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+                all, one, index, 1
+            )
+            return jax.tree.map(put, total, product(*row))
 
-        own, zero = decode_pass.own, jnp.zeros(shape.shape, shape.dtype)
-        total = jax.lax.fori_loop(0, own, add_row, zero)
-        return total[:, jnp.minimum(jnp.arange(total.shape[1]), own - 1)]
+        own = decode_pass.own
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total = jax.lax.fori_loop(0, own, add_row, zeros)
+        copied = jnp.minimum(jnp.arange(rows[0].shape[1]), own - 1)
+        return jax.tree.map(lambda array: array[:, copied], total)
 
     return by_kernel(product, *rows, cuda=cuda, cpu=one_by_one)
 

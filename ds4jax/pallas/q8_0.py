@@ -8,6 +8,7 @@ shape of the weight alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.fixed_point import FixedPoint, dot, total
+from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
+from ds4jax.pallas.fixed_point import FixedPoint, add_dot, total
 from ds4jax.quant import QuantTensor
 
 
@@ -40,10 +42,40 @@ def matvec(
       tile: rows and groups of 32 columns that a program takes at a time, and its warps;
         by the weight's shape if not given.
     """
-    n, scales = w.planes["d"].shape
+    (out,) = _matvecs(x, [w], groups, width, interpret, tile)
+    return out.reshape(len(out), groups, -1)
+
+
+def matvecs(
+    x: FixedPoint,
+    weights: Sequence[QuantTensor],
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+    tile: tuple[int, int, int] | None = None,
+) -> tuple[Float[Array, "R _"], ...]:
+    """Return the products of rows with each of some Q8_0 weights, in one launch.
+
+    Args:
+      x: R rows of In.
+      weights: [Out, In], each with an Out of its own.
+      width, interpret, tile: as of `matvec`; `tile` by the shapes of all.
+    """
+    return _matvecs(x, weights, 1, width, interpret, tile)
+
+
+def _matvecs(x, weights, groups, width, interpret, tile):
+    outs = [len(w.planes["d"]) for w in weights]
+    scales = x.scale.shape[1]
     rows = len(x.words) // groups
-    bn, bg, warps = tile or _tile(n, scales)
-    out = pl.pallas_call(
+    bn, bg, warps = tile or _tile(outs, groups, scales)
+    planes = [
+        plane
+        for w in weights
+        for plane in (w.planes["quants"].reshape(-1, scales, 2, 4), w.planes["d"])
+    ]
+    words = x.words.reshape(*x.words.shape[:3], 2, 4)
+    return pl.pallas_call(
         functools.partial(
             _kernel,
             bn=bn,
@@ -52,52 +84,70 @@ def matvec(
             groups=groups,
             interpret=interpret,
         ),
-        grid=(n // bn,),
-        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        grid=(sum(n // bn for n in outs),),
+        out_shape=tuple(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in outs),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name=f"q8_0_{width or rows}x{n}x{32 * scales}",
-    )(x.words, x.scale, w.planes["quants"].reshape(n, scales, 8), w.planes["d"])
-    return out.reshape(rows, groups, n // groups)
+        name=f"q8_0_{width or rows}x{'_'.join(map(str, outs))}x{32 * scales}",
+    )(words, x.scale, *planes)
 
 
-def _tile(n: int, scales: int) -> tuple[int, int, int]:
-    fitting = lambda size, most: min(size & -size, most)  # noqa: E731
-    if n <= 2048:  # Few programs: each takes much at a time.
-        return fitting(n, 2), fitting(scales, 128), 4
-    return fitting(n, 4), fitting(scales, 32), 2
+def _tile(outs: list[int], groups: int, scales: int) -> tuple[int, int, int]:
+    """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
+    n, bn = sum(outs), min(4, *(n // groups & -(n // groups) for n in outs))
+    if n > 65536:
+        return bn, min(scales & -scales, 8), 1
+    bg = min(scales & -scales, 128 if n <= 2048 else 64)
+    return bn, bg, max(bg // 16, 1)
 
 
 def _kernel(
-    words_ref,  # [R * groups, limbs, In / 32, 8]
+    words_ref,  # [R * groups, limbs, In / 32, 2, 4]
     scale_ref,  # [R * groups, In / 32]
-    quants_ref,  # [N, In / 32, 8]
-    d_ref,  # [N, In / 32]
-    out_ref,  # [R, N]
-    *, bn, bg, width, groups, interpret,
+    *refs,  # of each weight quants [Out, In / 32, 2, 4] and d [Out, In / 32], then of
+    # each output [R, Out]
+    bn, bg, width, groups, interpret,
 ):  # fmt: skip
-    n, scales = d_ref.shape
-    own = pl.ds(pl.program_id(0) * bn, bn)
-    group = pl.program_id(0) * bn // (n // groups)
+    outs = refs[len(refs) // 3 * 2 :]
 
-    def add(step, sums):
-        columns = pl.ds(step * bg, bg)
-        quants = quants_ref[own, columns, :]
-        d = d_ref[own, columns].astype(jnp.float32)
-        added = []
-        for row, so_far in enumerate(sums):
-            at = row * groups + group
-            limbs = [
-                words_ref[at, limb, columns, :][None]
-                for limb in range(words_ref.shape[1])
-            ]
-            parts = [jnp.sum(part, -1) for part in dot(quants, limbs, interpret)]
-            scale = scale_ref[at, columns][None]
-            added.append(so_far + total(parts) * (d * scale))
-        return tuple(added)
+    def multiply(weight, block):
+        quants_ref, d_ref = refs[2 * weight : 2 * weight + 2]
+        own, half = pl.ds(block * bn, bn), slice(None)
+        group = block * bn // (d_ref.shape[0] // groups)
 
-    zero = jnp.zeros((bn, bg), jnp.float32)
-    sums = jax.lax.fori_loop(0, scales // bg, add, (zero,) * width)
-    results = [jnp.sum(so_far, -1) for so_far in sums]
-    for row in range(out_ref.shape[0]):
-        out_ref[row, own] = results[min(row, width - 1)]
+        def add(step, sums):
+            columns = pl.ds(step * bg, bg)
+            quants = read_once(quants_ref, (own, columns, half, half), interpret)
+            d = d_ref[own, columns].astype(jnp.float32)
+            added = []
+            for row, so_far in enumerate(sums):
+                at = row * groups + group
+                limbs = [
+                    words_ref[at, limb, columns, :, :][None]
+                    for limb in range(words_ref.shape[1])
+                ]
+                scale = scale_ref[at, columns][None]
+                parts = _dot(quants, limbs, interpret)
+                added.append(so_far + total(parts) * (d * scale))
+            return tuple(added)
+
+        zero = jnp.zeros((bn, bg), jnp.float32)
+        steps = d_ref.shape[1] // bg
+        sums = jax.lax.fori_loop(0, steps, add, (zero,) * width)
+        write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
+
+    for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)
+
+
+def _dot(quants, limbs, interpret):
+    """Return what `fixed_point.dot` gives for groups, summed over each."""
+    # Four words of a thread after one another: their sum takes no more instructions.
+    words = [
+        [word.reshape(array.shape[:-1]) for word in jnp.split(array, 4, axis=-1)]
+        for array in (quants, *limbs)
+    ]
+    sums = [jnp.zeros(words[0][0].shape, jnp.int32) for _ in limbs]
+    for w, *x in zip(*words, strict=True):
+        sums = add_dot(sums, w, x, interpret)
+    high, low, *rest = sums
+    return [jnp.sum(part, -1) for part in (high * 256 + low, *rest)]
