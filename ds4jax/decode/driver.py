@@ -29,7 +29,9 @@ Synced = Literal["kept", "extended", "rewound", "rebuilt"]
 _compile = functools.partial(
     jax.jit, static_argnames="decoding", donate_argnames="carry"
 )
-_prefill = _compile(transitions.prefill)
+_prefill = _compile(
+    transitions.prefill, compiler_options={"xla_gpu_enable_triton_gemm": False}
+)
 _rewind = _compile(transitions.rewind)
 _cycles = _compile(cycles.cycles)
 _invalidate = jax.jit(transitions.invalidate, donate_argnames="carry")

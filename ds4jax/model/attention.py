@@ -23,6 +23,7 @@ from ds4jax.model.cache import (
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
+from ds4jax.model.query_blocks import has_blocks, in_blocks, recent
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
@@ -157,13 +158,30 @@ class Attention(nnx.Module):
                 compressed, visible = self._choose(compressed, index, picked, rows)
             sources.append((compressed, visible))
 
-        heads = attend(query, sources, self.sinks.get_value(), c.dtype)
+        sinks = self.sinks.get_value()
+        if has_blocks(rows):
+            heads = self._by_blocks(query, view, sources[1:], sinks, rows)
+        else:
+            heads = attend(query, sources, sinks, c.dtype)
         heads = rotate(heads, rows.positions[..., None], table, inverse=True)
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
+
+    def _by_blocks(self, query, view, compressed, sinks, rows):
+        """Attend with the window of each block's queries, not with all of the pass."""
+        c = self.config
+
+        def attend_block(query, positions, *visible):
+            raw, seen = recent(view, positions, c.window)
+            others = [(r, v) for (r, _), v in zip(compressed, visible, strict=True)]
+            sources = [(blank_invisible(raw, seen), seen), *others]
+            return attend(query, sources, sinks, c.dtype)
+
+        masks = (visible for _, visible in compressed)
+        return in_blocks(attend_block, query, rows.positions, *masks)
 
     def _choose(self, compressed, index, picked, rows):
         """Narrow the compressed rows to the indexer's choice.

@@ -14,6 +14,7 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model.cache import CompressorCache, Rows, blank_invisible
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.layers import Linear, Weights, scope
+from ds4jax.model.query_blocks import has_blocks, in_blocks
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_index
 from ds4jax.pallas.matmul import einsum
@@ -77,7 +78,11 @@ class Indexer(nnx.Module):
 
         exists = finished(rows, CSA_RATIO, keys.shape[1])
         keys = blank_invisible(keys, exists)
-        match = einsum("btij,bcj->btic", query, keys, c.dtype)
         share = self.head_weights(x) * (c.index_dim * c.index_heads) ** -0.5
-        score = jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
-        return jnp.where(exists, score, -jnp.inf), cache
+
+        def compare(query, share):
+            match = einsum("btij,bcj->btic", query, keys, c.dtype)
+            return jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
+
+        by = in_blocks if has_blocks(rows) else lambda function, *rows: function(*rows)
+        return jnp.where(exists, by(compare, query, share), -jnp.inf), cache
