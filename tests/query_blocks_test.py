@@ -12,12 +12,12 @@ from ds4jax.model import query_blocks
 from ds4jax.model.attention import Attention
 from ds4jax.model.cache import Rows, extend, extend_tags
 from ds4jax.model.layers import scope
-from ds4jax.model.query_blocks import in_blocks, recent
+from ds4jax.model.query_blocks import in_blocks, recent, sees
 from ds4jax.pallas.passes import Prefill, within
 
 WINDOW, RING, WIDTH = 5, 9, 20
 ORDER = 1e-5
-"""Float32: the sums are of the same terms and of others that are 0, in another order."""
+"""Float32 sums of the same terms, and of others that are 0, in another order."""
 same = np.testing.assert_array_equal
 
 
@@ -41,7 +41,8 @@ def test_each_query_sees_its_window_and_no_more(first):
     ring = (last - (last - slots) % RING).astype(jnp.float32)[..., None]
     view, _ = extend(ring, rows.positions.astype(jnp.float32)[..., None], rows)
     queries = rows.positions[:, first : first + 4]
-    found, seen = recent(view, queries, WINDOW)
+    found, held = recent(view, queries, WINDOW)
+    seen = sees(queries, held, WINDOW)
     for b, t in np.ndindex(queries.shape):
         position = int(queries[b, t])
         expected = range(max(position - WINDOW + 1, 0), position + 1)
@@ -56,8 +57,8 @@ def test_a_row_that_no_tag_vouches_for_is_not_seen():
     )
     view, _ = extend(ring, jnp.zeros((1, WIDTH, 1)), rows)
     view, _ = extend_tags(tags, view, rows)
-    _, seen = recent(view, rows.positions[:, :2], WINDOW)
-    same(seen[0], [[0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]])
+    _, held = recent(view, rows.positions[:, :2], WINDOW)
+    same(held[0], [-1, -1, -1, 29, 30, 31])
 
 
 def test_blocks_are_put_together_in_order_and_the_last_is_cut():

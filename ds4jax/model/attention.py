@@ -23,12 +23,13 @@ from ds4jax.model.cache import (
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms, scope
-from ds4jax.model.query_blocks import has_blocks, in_blocks, recent
+from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
+from ds4jax.pallas import long_attention
 from ds4jax.pallas.matmul import einsum, grouped_matmul
-from ds4jax.pallas.passes import by_rows
+from ds4jax.pallas.passes import by_rows, of_prefill
 from ds4jax.quant import dequantize
 
 
@@ -139,8 +140,7 @@ class Attention(nnx.Module):
         row = keep(rotate(self.kv_norm(self.kv(x)), rows.positions, table))
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
-        age = rows.positions[..., None] - view.positions[:, None]
-        visible = (view.positions[:, None] >= 0) & (age >= 0) & (age < c.window)
+        visible = sees(rows.positions, view.positions, c.window)
         sources = [(blank_invisible(view.rows, visible), visible)]
 
         compressor, indexer, chosen = None, None, None
@@ -158,11 +158,10 @@ class Attention(nnx.Module):
                 compressed, visible = self._choose(compressed, index, picked, rows)
             sources.append((compressed, visible))
 
-        sinks = self.sinks.get_value()
         if has_blocks(rows):
-            heads = self._by_blocks(query, view, sources[1:], sinks, rows)
+            heads = self._attend_long(query, view, sources[1:], chosen, rows)
         else:
-            heads = attend(query, sources, sinks, c.dtype)
+            heads = attend(query, sources, self.sinks.get_value(), c.dtype)
         heads = rotate(heads, rows.positions[..., None], table, inverse=True)
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
@@ -170,18 +169,31 @@ class Attention(nnx.Module):
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
 
-    def _by_blocks(self, query, view, compressed, sinks, rows):
-        """Attend with the window of each block's queries, not with all of the pass."""
-        c = self.config
+    def _attend_long(self, query, view, compressed, chosen, rows):
+        """Attend with the window of each query or block, not with all of the pass."""
+        c, sinks = self.config, self.sinks.get_value()
 
         def attend_block(query, positions, *visible):
-            raw, seen = recent(view, positions, c.window)
+            raw, held = recent(view, positions, c.window)
             others = [(r, v) for (r, _), v in zip(compressed, visible, strict=True)]
-            sources = [(blank_invisible(raw, seen), seen), *others]
+            sources = [(raw, sees(positions, held, c.window)), *others]
             return attend(query, sources, sinks, c.dtype)
 
-        masks = (visible for _, visible in compressed)
-        return in_blocks(attend_block, query, rows.positions, *masks)
+        def by_blocks(query):
+            masks = (visible for _, visible in compressed)
+            return in_blocks(attend_block, query, rows.positions, *masks)
+
+        def kernel(query):
+            raw, held = recent(view, rows.positions, c.window)
+            source = raw[0], held[0] >= 0
+            for those, visible in compressed:
+                every = jnp.where(visible, jnp.arange(visible.shape[-1]), -1)
+                source += those[0], (every if chosen is None else chosen)[0]
+            return long_attention.attend(query[0], *source, sinks=sinks)[None]
+
+        served = len(query) == 1 and c.dtype == "bfloat16"
+        served = served and long_attention.serves(query[0], c.window)
+        return of_prefill(by_blocks, query, cuda=kernel if served else None)
 
     def _choose(self, compressed, index, picked, rows):
         """Narrow the compressed rows to the indexer's choice.

@@ -6,6 +6,7 @@ heads; so only a block of them is looked at at once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -43,19 +44,36 @@ def in_blocks(function: Callable[..., Array], *rows: Array) -> Array:
     return found.reshape(batch, blocks * BLOCK, *found.shape[3:])[:, :width]
 
 
+def sees(
+    positions: Int[Array, "B T"], held: Int[Array, "B S"], window: int
+) -> Bool[Array, "B T S"]:
+    """Say which rows each query sees: those of the window that ends at it.
+
+    Args:
+      positions: of the queries.
+      held: of the rows, negative for none.
+      window: how many rows a query sees, itself included.
+    """
+    age = positions[..., None] - held[:, None]
+    return (held[:, None] >= 0) & (age >= 0) & (age < window)
+
+
 def recent(
     view: View, positions: Int[Array, "B T"], window: int
-) -> tuple[Float[Array, "B S K"], Bool[Array, "B T S"]]:
-    """Return the rows that successive queries see, and which each of them sees.
+) -> tuple[Float[Array, "B S K"], Int[Array, "B S"]]:
+    """Return the rows that successive queries see between them, by position.
 
     Args:
       view: of the pass.
       positions: of the queries, each one after the last.
-      window: how many rows a query sees, itself included.
+      window: as of `sees`.
+
+    Returns:
+      S = T + window - 1 rows, the last of them the last query's own; and their
+      positions, -1 for none.
     """
-    offset = jnp.arange(1 - window, positions.shape[1])
-    wanted = positions[:, :1] + offset
-    there = View(view.positions, view.positions, view.start, view.ring, view.appended)
-    known = (there.take(wanted) == wanted) & (wanted >= 0)
-    age = positions[..., None] - wanted[:, None]
-    return view.take(wanted), known[:, None] & (age >= 0) & (age < window)
+    wanted = positions[:, :1] + jnp.arange(1 - window, positions.shape[1])
+    held = dataclasses.replace(view, rows=view.positions).take(wanted)
+    is_held = (held == wanted) & (wanted >= 0)
+    rows = jnp.where(is_held[..., None], view.take(wanted), 0)
+    return rows, jnp.where(is_held, wanted, -1)

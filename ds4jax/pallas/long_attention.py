@@ -1,4 +1,4 @@
-"""Attention of many queries over their windows and rows of their choice, on NVIDIA GPUs.
+"""Attention of many queries over their windows and what they chose, on NVIDIA GPUs.
 
 A program takes one query, all of whose heads share their keys, which are the values
 too: so each row that it can see is read once, and no other is.
@@ -29,10 +29,10 @@ def attend(
     query: Float[Array, "T H K"],
     recent: Float[Array, "S K"],
     known: Bool[Array, "S"],
-    compressed: Float[Array, "C K"] | None,
-    index: Int[Array, "T N"] | None,
-    sinks: Float[Array, "H"],
+    compressed: Float[Array, "C K"] | None = None,
+    index: Int[Array, "T N"] | None = None,
     *,
+    sinks: Float[Array, "H"],
     interpret: bool = False,
     warps: int = 8,
     stages: int = 2,
@@ -53,7 +53,7 @@ def attend(
     """
     count, heads, k = query.shape
     rows = [recent.astype(jnp.bfloat16), known]
-    if compressed is not None:
+    if compressed is not None and index is not None:
         fill = -index.shape[1] % step
         index = jnp.pad(index, ((0, 0), (0, fill)), constant_values=-1)
         rows += [compressed.astype(jnp.bfloat16), index]
