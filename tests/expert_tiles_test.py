@@ -54,7 +54,7 @@ def test_product(name):
     w = synthetic.blocks(jax.random.key(2), name, (EXPERTS, OUT, IN))
     assert expert_tiles.serves(w)
     tiles = expert_tiles.sort(chosen, EXPERTS, TILE)
-    found = expert_tiles.product(x, [w], tiles, "float32", interpret=True)
+    found = expert_tiles.product(x, w, tiles, interpret=True)
     of_chosen = jax.tree.map(lambda plane: plane[chosen], w)
     check(found[tiles.place], "ti,tuoi->tuo", x, of_chosen, "bfloat16")
 

@@ -9,9 +9,9 @@ import pytest
 
 from ds4jax.model.attention import attend
 from ds4jax.model.query_blocks import sees
-from ds4jax.pallas import long_attention, stream_maps
+from ds4jax.pallas import long_attention, long_index, stream_maps
 
-QUERIES, HEADS, WIDTH, WINDOW, CAPACITY, MOST = 6, 16, 64, 32, 40, 24
+QUERIES, HEADS, WIDTH, WINDOW, CAPACITY, MOST = 6, 16, 64, 64, 40, 24
 ROUNDED = 1e-2
 """Weights are rounded to bfloat16, of results of size 1, under another peak."""
 FLOAT32 = 2.0**-20
@@ -47,6 +47,20 @@ def test_attention(chooses):
     batch = [(rows[None], visible[None]) for rows, visible in sources]
     expected = attend(query[None], batch, sinks, "bfloat16")[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDED)
+
+
+def test_scores():
+    """Seen red without the rectifier.  Of keys that a query has not, anything goes."""
+    query, share = normal(0, QUERIES, HEADS, WIDTH), normal(1, QUERIES, HEADS)
+    keys, count = normal(2, 256, WIDTH), jnp.asarray([0, 1, 127, 128, 129, 256])
+    assert long_index.serves(query, keys)
+    found = long_index.scores(query, keys, share, count, interpret=True)
+    q, k = (np.asarray(x.astype("bfloat16"), np.float64) for x in (query, keys))
+    match = np.maximum(np.einsum("tij,cj->tic", q, k), 0)
+    parts = np.asarray(share)[..., None] * match
+    worst = FLOAT32 * abs(parts).sum(1)
+    has = np.arange(256) < np.asarray(count)[:, None]
+    assert np.all(abs(found - parts.sum(1))[has] <= worst[has])
 
 
 def test_maps():

@@ -117,9 +117,9 @@ class MoE(nnx.Module):
         limit = self.config.swiglu_limit
         gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
         tiles = expert_tiles.sort(chosen, self.config.experts)
-        swiglu = lambda gate, up: clamped_swiglu(gate, up, limit)  # noqa: E731
-        hidden = expert_tiles.product(x, [gate, up], tiles, "bfloat16", swiglu)
-        out = expert_tiles.product(hidden, [down], tiles, "float32", is_sorted=True)
+        gate, up = (expert_tiles.product(x, w, tiles) for w in (gate, up))
+        hidden = clamped_swiglu(gate, up, limit)
+        out = expert_tiles.product(hidden, down, tiles, is_sorted=True)
         return jnp.sum(share[..., None] * out[tiles.place], axis=1)
 
     def _all(self, x, chosen, share):

@@ -27,19 +27,23 @@ from ds4jax.quant import QuantTensor
 TILE = 128
 """Rows of a tile, all of one expert."""
 
+_OUT = 64
+"""Rows of a weight that a program takes."""
+
 _LEVELS = np.unique(IQ2_GRID)
 _CODES = (np.searchsorted(_LEVELS, IQ2_GRID) << np.arange(0, 16, 2)).sum(1, np.uint32)
 
 
 def serves(*weights: Weight) -> bool:
     """Say whether `product` multiplies these weights."""
-    whole = lambda size: size & (size - 1) == 0  # noqa: E731
-    return all(
-        isinstance(w, QuantTensor)
-        and w.format in FORMATS
-        and all(map(whole, w.shape[1:]))
-        for w in weights
-    )
+
+    def is_served(w: Weight) -> bool:
+        if not isinstance(w, QuantTensor) or w.format not in FORMATS:
+            return False
+        sizes = w.shape[1], w.shape[2] // _FORMATS[w.format].planes
+        return all(size % 16 == 0 for size in sizes)
+
+    return all(map(is_served, weights))
 
 
 class Tiles(NamedTuple):
@@ -85,45 +89,37 @@ def sort(chosen: Int[Array, "T U"], experts: int, tile: int = TILE) -> Tiles:
 
 def product(
     x: Float[Array, "R In"],
-    weights: Sequence[QuantTensor],
+    w: QuantTensor,
     tiles: Tiles,
-    dtype: str,
-    finish: Callable[..., Array] | None = None,
     *,
     is_sorted: bool = False,
     interpret: bool = False,
-    shape: tuple[int, int, int, int] | None = None,
-    together: int = 1,
 ) -> Float[Array, "P Out"]:
-    """Return `finish` of the products of each place of tiles with its expert's weights.
+    """Return the product of each place of tiles with its expert's weight, float32.
 
     Args:
       x: the rows that `tiles.source` names, or if `is_sorted` one for each place.
-      weights: [E, Out, In] of one of FORMATS, all of the same.
+      w: [E, Out, In] of one of FORMATS.
       tiles: of `sort`.
-      dtype: of the result; operands are bfloat16.
-      finish: makes one result of several weights'.
       is_sorted: see `x`.
       interpret: without a GPU.
+
+    The operands are bfloat16.  Places of tiles after the last have undefined results.
     """
-    bn, units, warps, stages = shape or (128 // len(weights), 64, 8, 3)
-    format = _FORMATS[weights[0].format]
-    n = weights[0].shape[1]
+    format = _FORMATS[w.format]
     x = format.arrange(x.astype(jnp.bfloat16))
-    tile = len(tiles.source) // len(tiles.expert)
-    units, bn = min(units, x.shape[2]), min(bn, n)
-    operands = [format.operands(w) for w in weights]
+    n, size = w.shape[1], x.shape[2]
+    bn, units = min(_OUT, n & -n), min(format.units, size & -size)
     return pl.pallas_call(
         functools.partial(
-            _kernel, bn=bn, units=units, tile=tile, format=format, finish=finish,
-            gather=not is_sorted, weights=len(weights), together=together,
+            _kernel, bn=bn, units=units, format=format, gather=not is_sorted
         ),
         grid=(n // bn, len(tiles.expert)),
-        out_shape=jax.ShapeDtypeStruct((len(tiles.source), n), dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        out_shape=jax.ShapeDtypeStruct((len(tiles.source), n), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=format.stages),
         interpret=interpret,
-        name=f"expert_tiles_{weights[0].format.lower()}_{len(weights)}x{n}",
-    )(tiles.count, tiles.expert, tiles.source, x, *sum(operands, []))  # fmt: skip
+        name=f"expert_tiles_{w.format.lower()}_{n}x{w.shape[2]}",
+    )(tiles.count, tiles.expert, tiles.source, x, *format.operands(w))
 
 
 def _kernel(
@@ -131,48 +127,40 @@ def _kernel(
     expert_ref,  # [tiles]
     source_ref,  # [P]
     x_ref,  # [R, planes, units of a row]
-    *refs,  # of the operands of each weight, and of the output [P, Out]
-    bn, units, tile, format, finish, gather, weights, together,
+    *refs,  # of the operands of the weight, and of the output [P, Out]
+    bn, units, format, gather,
 ):  # fmt: skip
     *refs, out_ref = refs
-    each = len(refs) // weights
     column, number = pl.program_id(0), pl.program_id(1)
+    tile = source_ref.shape[0] // expert_ref.shape[0]
 
     @pl.when(number < count_ref[0])
     def _multiply():
         rows = pl.ds(number * tile, tile)
+        source = source_ref[rows] if gather else number * tile + jnp.arange(tile)
         expert = expert_ref[number]
         places = (column * bn + jnp.arange(bn))[:, None]
-        source = number * tile + jnp.arange(tile)
-        if gather:
-            source = source_ref[rows]
 
-        def add(step, sums):
+        def add(step, total):
             columns = step * units + jnp.arange(units)[None]
-            decoded = [
-                format.decode(refs[i * each : (i + 1) * each], expert, places, columns)
-                for i in range(weights)
-            ]
-            size = x_ref.shape[1] // len(decoded[0])
-            for section, values in enumerate(zip(*decoded, strict=True)):
+            sections = format.decode(refs, expert, places, columns)
+            size = x_ref.shape[1] // len(sections)
+            for section, values in enumerate(sections):
 
-                def add_planes(index, sums, section=section, values=values):
-                    for number in range(together):
-                        plane = index * together + number
+                def add_planes(turn, total, section=section, values=values):
+                    for plane in range(format.together):
+                        plane += turn * format.together
                         x = x_ref[source[:, None], section * size + plane, columns]
-                        sums = tuple(
-                            total + _dot(x, value(plane).astype(jnp.bfloat16))
-                            for total, value in zip(sums, values, strict=True)
-                        )
-                    return sums
+                        total += _dot(x, values(plane).astype(jnp.bfloat16))
+                    return total
 
-                sums = jax.lax.fori_loop(0, size // together, add_planes, sums)
-            return sums
+                turns = size // format.together
+                total = jax.lax.fori_loop(0, turns, add_planes, total)
+            return total
 
         zero = jnp.zeros((tile, bn), jnp.float32)
-        sums = jax.lax.fori_loop(0, x_ref.shape[2] // units, add, (zero,) * weights)
-        result = (finish(*sums) if finish else sums[0]).astype(out_ref.dtype)
-        out_ref[rows, pl.ds(column * bn, bn)] = result
+        total = jax.lax.fori_loop(0, x_ref.shape[2] // units, add, zero)
+        out_ref[rows, pl.ds(column * bn, bn)] = total
 
 
 def _dot(x, w):
@@ -184,12 +172,19 @@ class _Format(NamedTuple):
     """How a kernel reads one ggml type.
 
     Attributes:
+      planes: values of a unit, which are columns as far apart as units are many.
+      units, together, stages: what suits it: units that a program takes at a time,
+        planes that it decodes before it waits for products, and loads in flight.
       arrange: brings rows [R, In] to [R, planes, units].
       operands: arrays of a weight.
       decode: of their refs, an expert, rows [bn, 1] and units [1, bu], for each section
         of planes a function of a plane's number in it that gives values [bn, bu].
     """
 
+    planes: int
+    units: int
+    together: int
+    stages: int
     arrange: Callable[[Array], Array]
     operands: Callable[[QuantTensor], list[Array]]
     decode: Callable[..., list[Callable[[Array], Array]]]
@@ -231,7 +226,7 @@ def _k_format(bits: int, scales: Sequence[str], read: Callable) -> _Format:
 
     names = ("quants", "d", "dmin", *scales)
     operands = lambda w: [w.planes[name] for name in names]  # noqa: E731
-    return _Format(_arrange_k(bits), operands, decode)
+    return _Format(32 // bits, 64, 2, 2, _arrange_k(bits), operands, decode)
 
 
 def _read_q2_k(refs, expert, places, columns):
@@ -290,7 +285,7 @@ def _decode_iq2(refs, expert, places, columns):
 _FORMATS = {
     "Q2_K": _k_format(2, ("scales",), _read_q2_k),
     "Q4_K": _k_format(4, ("scales", "mins"), _read_q4_k),
-    "IQ2_XXS": _Format(_arrange_iq2, _iq2_operands, _decode_iq2),
+    "IQ2_XXS": _Format(32, 32, 1, 4, _arrange_iq2, _iq2_operands, _decode_iq2),
 }
 
 FORMATS = tuple(_FORMATS)

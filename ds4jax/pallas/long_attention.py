@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-_ROWS = 32
+_ROWS = 64
 """Rows that a program takes at a time."""
 
 
@@ -34,9 +34,6 @@ def attend(
     *,
     sinks: Float[Array, "H"],
     interpret: bool = False,
-    warps: int = 8,
-    stages: int = 2,
-    step: int = _ROWS,
 ) -> Float[Array, "T H K"]:
     """Return one softmax-weighted sum for each query and head, float32.
 
@@ -54,14 +51,14 @@ def attend(
     count, heads, k = query.shape
     rows = [recent.astype(jnp.bfloat16), known]
     if compressed is not None and index is not None:
-        fill = -index.shape[1] % step
+        fill = -index.shape[1] % _ROWS
         index = jnp.pad(index, ((0, 0), (0, fill)), constant_values=-1)
         rows += [compressed.astype(jnp.bfloat16), index]
     return pl.pallas_call(
-        functools.partial(_kernel, window=len(recent) - count + 1, step=step),
+        functools.partial(_kernel, window=len(recent) - count + 1),
         grid=(count,),
         out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="attend_long",
     )(query.astype(jnp.bfloat16), sinks, *rows)
@@ -73,7 +70,7 @@ def _kernel(
     recent_ref,  # [S, K]
     known_ref,  # [S]
     *refs,  # of compressed [C, K], index [T, N], where there are; and out [T, H, K]
-    window, step,
+    window,
 ):  # fmt: skip
     *chosen_refs, out_ref = refs
     row = pl.program_id(0)
@@ -96,20 +93,20 @@ def _kernel(
         return higher, total, summed * scale[:, None] + more
 
     def add_recent(number, state):
-        own = pl.ds(row + number * step, step)
+        own = pl.ds(row + number * _ROWS, _ROWS)
         return add(state, recent_ref[own, :], known_ref[own])
 
     def add_chosen(number, state):
         rows_ref, index_ref = chosen_refs
-        index = index_ref[row, pl.ds(number * step, step)]
+        index = index_ref[row, pl.ds(number * _ROWS, _ROWS)]
         rows = rows_ref[jnp.maximum(index, 0)[:, None], jnp.arange(k)[None]]
         return add(state, rows, index >= 0)
 
     # The sink is in the sum from the start, so a peak is finite.
     state = sinks_ref[:], jnp.ones(heads), jnp.zeros((heads, k))
-    state = jax.lax.fori_loop(0, window // step, add_recent, state)
+    state = jax.lax.fori_loop(0, window // _ROWS, add_recent, state)
     if chosen_refs:
-        parts = chosen_refs[1].shape[1] // step
+        parts = chosen_refs[1].shape[1] // _ROWS
         state = jax.lax.fori_loop(0, parts, add_chosen, state)
     _, total, summed = state
     out_ref[row, :, :] = summed / total[:, None]

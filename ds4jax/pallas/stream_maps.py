@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-_ROWS, _COLUMNS, _PARTS = 32, 64, 4
+_ROWS, _COLUMNS, _PARTS = 64, 64, 4
 """Rows and columns a program takes at a time; into how many parts columns are cut."""
 
 
