@@ -26,11 +26,13 @@ from ds4jax.model.cache import (
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import Linear, RMSNorm, Weights, project, rms, scope
+from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
+from ds4jax.pallas import long_attention
 from ds4jax.pallas.matmul import einsum, grouped_matmul
-from ds4jax.pallas.passes import by_kernel, by_rows
+from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
 
 
@@ -149,8 +151,7 @@ class Attention(nnx.Module):
 
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
-        age = rows.positions[..., None] - view.positions[:, None]
-        visible = (view.positions[:, None] >= 0) & (age >= 0) & (age < c.window)
+        visible = sees(rows.positions, view.positions, c.window)
         sources = [Source(view.rows, visible)]
 
         compressor, indexer, chosen = None, None, None
@@ -168,12 +169,43 @@ class Attention(nnx.Module):
                 visible = finished(rows, self.ratio, compressed.shape[1])
                 sources.append(Source(compressed, visible))
 
-        heads = self._attend(query, sources, rows.positions)
+        if has_blocks(rows):
+            heads = self._attend_long(query, view, sources[1:], chosen, rows)
+        else:
+            heads = self._attend(query, sources, rows.positions)
         grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
         low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
+
+    def _attend_long(self, query, view, compressed, chosen, rows):
+        """Attend with the window of each query or block, not with all of the pass."""
+        c, sinks = self.config, self.sinks.get_value()
+        compressed = [source.seen() for source in compressed]
+
+        def attend_block(query, positions, *visible):
+            raw, held = recent(view, positions, c.window)
+            others = [(r, v) for (r, _), v in zip(compressed, visible, strict=True)]
+            sources = [(raw, sees(positions, held, c.window)), *others]
+            return attend(query, sources, sinks, c.dtype)
+
+        def by_blocks(query):
+            masks = (visible for _, visible in compressed)
+            return in_blocks(attend_block, query, rows.positions, *masks)
+
+        def kernel(query):
+            raw, held = recent(view, rows.positions, c.window)
+            source = raw[0], held[0] >= 0
+            for those, visible in compressed:
+                every = jnp.where(visible, jnp.arange(visible.shape[-1]), -1)
+                source += those[0], (every if chosen is None else chosen)[0]
+            return long_attention.attend(query[0], *source, sinks=sinks)[None]
+
+        served = len(query) == 1 and c.dtype == "bfloat16"
+        served = served and long_attention.serves(query[0], c.window)
+        heads = of_prefill(by_blocks, query, cuda=kernel if served else None)
+        return rotate(heads, rows.positions[..., None], self.table, inverse=True)
 
     @property
     def table(self) -> np.ndarray:

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms
-from ds4jax.pallas import hyper_connection
-from ds4jax.pallas.passes import by_kernel
+from ds4jax.pallas import hyper_connection, stream_maps
+from ds4jax.pallas.passes import by_kernel, of_prefill
 from ds4jax.quant import dequantize
 
 
@@ -39,8 +39,19 @@ def sinkhorn(
     return jax.lax.scan(rows_then_columns, mix, length=iterations - 1)[0]
 
 
-def _flatten(streams: Float[Array, "B T M D"], eps: float) -> Float[Array, "B T MD"]:
-    return rms(streams.reshape(*streams.shape[:-2], -1), eps)
+def _maps(
+    fn: Linear, streams: Float[Array, "B T M D"], eps: float
+) -> Float[Array, "B T F"]:
+    """Return the map `fn` of each row's normed streams."""
+    flat = streams.reshape(*streams.shape[:-2], -1)
+
+    def kernel(flat):
+        weight = dequantize(fn.weight.get_value())
+        return stream_maps.product(flat[0], weight, eps)[None]
+
+    served = len(flat) == 1 and stream_maps.serves(flat[0])
+    product = lambda flat: fn(rms(flat, eps))  # noqa: E731
+    return of_prefill(product, flat, cuda=kernel if served else None)
 
 
 class HyperConnection(nnx.Module):
@@ -72,7 +83,7 @@ class HyperConnection(nnx.Module):
     def _read(self, streams, norm):
         c, m = self.config, self.config.hc_streams
         base, scale = self.base.get_value(), self.scale.get_value()
-        maps = self.fn(_flatten(streams, c.rms_eps))
+        maps = _maps(self.fn, streams, c.rms_eps)
         pre = jax.nn.sigmoid(maps[..., :m] * scale[0] + base[:m]) + c.hc_eps
         post = 2 * jax.nn.sigmoid(maps[..., m : 2 * m] * scale[1] + base[m : 2 * m])
         logits = maps[..., 2 * m :] * scale[2] + base[2 * m :]
@@ -108,7 +119,7 @@ class HyperHead(nnx.Module):
 
     def __call__(self, streams: Float[Array, "B T M D"]) -> Float[Array, "B T D"]:
         """Return the weighted sum of the streams, un-normed."""
-        maps = self.fn(_flatten(streams, self.config.rms_eps))
+        maps = _maps(self.fn, streams, self.config.rms_eps)
         maps = maps * self.scale.get_value() + self.base.get_value()
         share = jax.nn.sigmoid(maps) + self.config.hc_eps
         return jnp.sum(share[..., None] * streams, axis=-2)

@@ -5,6 +5,8 @@ Source: ARCHITECTURE §6; ties go to the lowest index, as in ds4.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -14,11 +16,13 @@ from ds4jax.config import CSA_RATIO, ModelConfig
 from ds4jax.model.cache import CompressorCache, Rows, blank_invisible
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.layers import Linear, Weights, scope
+from ds4jax.model.query_blocks import has_blocks, in_blocks
 from ds4jax.model.rope import frequencies, rotate
 from ds4jax.model.rounding import round_index
 from ds4jax.pallas import indexer as pallas
+from ds4jax.pallas import long_index
 from ds4jax.pallas.matmul import einsum
-from ds4jax.pallas.passes import by_kernel
+from ds4jax.pallas.passes import by_kernel, of_prefill
 
 
 class Indexer(nnx.Module):
@@ -106,7 +110,22 @@ class Indexer(nnx.Module):
 
         exists = finished(rows, CSA_RATIO, keys.shape[1])
         keys = blank_invisible(keys, exists)
-        match = einsum("btij,bcj->btic", query, keys, c.dtype)
         share = share * (c.index_dim * c.index_heads) ** -0.5
-        score = jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
+
+        def compare(query, share):
+            match = einsum("btij,bcj->btic", query, keys, c.dtype)
+            return jnp.sum(share[..., None] * jax.nn.relu(match), axis=2)
+
+        def kernel(query, share):
+            count = jnp.sum(exists[0], -1)
+            return long_index.scores(query[0], keys[0], share[0], count)[None]
+
+        if has_blocks(rows):
+            served = len(query) == 1 and c.dtype == "bfloat16"
+            served = served and long_index.serves(query[0], keys[0])
+            by_blocks = functools.partial(in_blocks, compare)
+            cuda = kernel if served else None
+            score = of_prefill(by_blocks, query, share, cuda=cuda)
+        else:
+            score = compare(query, share)
         return jnp.where(exists, score, -jnp.inf)

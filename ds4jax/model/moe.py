@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
-from ds4jax.pallas import router
+from ds4jax.pallas import expert_tiles, router
 from ds4jax.pallas.matmul import (
     Implementation,
     every_expert_matmul,
@@ -21,7 +21,7 @@ from ds4jax.pallas.matmul import (
     experts_in_groups,
     has_expert_kernel,
 )
-from ds4jax.pallas.passes import by_kernel, by_rows, is_watched
+from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
 from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
@@ -73,7 +73,12 @@ class MoE(nnx.Module):
         # products is to learn which rows are an expert's, so these must be few.
         few = chosen.size < self.config.experts or is_watched()
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
-        return (self._chosen if few else self._all)(*rows).reshape(x.shape)
+        if few:
+            return self._chosen(*rows).reshape(x.shape)
+        stacks = (w.get_value() for w in (self.gate, self.up, self.down))
+        served = self.config.dtype == "bfloat16" and expert_tiles.serves(*stacks)
+        kernel = self._by_tiles if served else None
+        return of_prefill(self._all, *rows, cuda=kernel).reshape(x.shape)
 
     def _by_kernel(self, width, x, chosen, share):
         """Sum each row's chosen experts, multiplied where they lie."""
@@ -123,6 +128,16 @@ class MoE(nnx.Module):
         gate, up = product(x[:, None], self.gate), product(x[:, None], self.up)
         hidden = clamped_swiglu(gate, up, c.swiglu_limit)
         return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
+
+    def _by_tiles(self, x, chosen, share):
+        """Sort rows by expert, multiply each with its own, and sum in slot order."""
+        limit = self.config.swiglu_limit
+        gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
+        tiles = expert_tiles.sort(chosen, self.config.experts)
+        gate, up = (expert_tiles.product(x, w, tiles) for w in (gate, up))
+        hidden = clamped_swiglu(gate, up, limit)
+        out = expert_tiles.product(hidden, down, tiles, is_sorted=True)
+        return jnp.sum(share[..., None] * out[tiles.place], axis=1)
 
     def _all(self, x, chosen, share):
         """Compute every expert, a group of them at a time, and weigh by choice."""

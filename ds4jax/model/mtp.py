@@ -20,9 +20,9 @@ from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.trunk import (
     Layer,
     Trunk,
-    decode_pass,
     each_alone,
     fill_up,
+    kind_of_pass,
     seal,
     under_contract,
 )
@@ -101,7 +101,7 @@ class MTPHead(nnx.Module):
             return each_alone(run, tokens, streams, cache, count)
         (tokens, streams), rows = fill_up((tokens, streams), cache, count)
         state = cache and cache.layers[0]
-        with within(decode_pass(width, rows)):
+        with within(kind_of_pass(width, rows, cache)):
             embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
             streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
             streams, state, experts, _ = self.layer(streams, tokens, state, rows)

@@ -19,7 +19,14 @@ from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
 from ds4jax.model.hyper import HyperConnection, HyperHead
 from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas.passes import DecodePass, is_watched, traced_once, within
+from ds4jax.pallas.passes import (
+    DecodePass,
+    Pass,
+    Prefill,
+    is_watched,
+    traced_once,
+    within,
+)
 from ds4jax.quant import dequantize
 
 
@@ -131,10 +138,11 @@ def fill_up(
     return seal((args, rows), rows)
 
 
-def decode_pass(width: int, rows: Rows) -> DecodePass | None:
+def kind_of_pass(width: int, rows: Rows, cache: Cache | None) -> Pass:
     """Return what products may know of a pass of `width` rows before it was filled."""
-    own = jnp.maximum(jnp.max(rows.count), 1)
-    return DecodePass(width, own) if rows.is_decode else None
+    if rows.is_decode:
+        return DecodePass(width, jnp.maximum(jnp.max(rows.count), 1))
+    return None if cache is None else Prefill()
 
 
 def seal(results: PyTree, rows: Rows) -> PyTree:
@@ -196,7 +204,7 @@ class Trunk(nnx.Module):
         if batch > 1 and under_contract(width, cache, exact):
             return each_alone(self, tokens, cache, count)
         tokens, rows = fill_up(tokens, cache, count, exact)
-        with within(decode_pass(width, rows)):
+        with within(kind_of_pass(width, rows, cache)):
             out = self._run(tokens, cache, rows)
         logits, cache, trace = seal(out, rows)
         logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))

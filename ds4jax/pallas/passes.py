@@ -69,23 +69,32 @@ class DecodePass:
     own: Int[Array, ""]
 
 
-_decode_pass: contextvars.ContextVar[DecodePass | None] = contextvars.ContextVar(
-    "decode_pass", default=None
-)
+@struct.dataclass
+class Prefill:
+    """A longer pass over a cache, which nobody takes a derivative of."""
+
+
+Pass = DecodePass | Prefill | None
+_pass: contextvars.ContextVar[Pass] = contextvars.ContextVar("pass", default=None)
 
 
 @contextlib.contextmanager
-def within(decode_pass: DecodePass | None) -> Iterator[None]:
+def within(kind: Pass) -> Iterator[None]:
     """Say of what pass the products are that are traced in the block.
 
     The rows that fill a decode pass up are then not multiplied, and their results are
-    copies of the last row's.  None is a pass of another kind.
+    copies of the last row's.  None is a pass without a cache.
     """
-    token = _decode_pass.set(decode_pass)
+    token = _pass.set(kind)
     try:
         yield
     finally:
-        _decode_pass.reset(token)
+        _pass.reset(token)
+
+
+def is_prefill() -> bool:
+    """Say whether this is a long pass over a cache."""
+    return isinstance(_pass.get(), Prefill)
 
 
 def traced_once(run: Callable[..., PyTree], *args: PyTree) -> PyTree:
@@ -97,14 +106,14 @@ def traced_once(run: Callable[..., PyTree], *args: PyTree) -> PyTree:
 
     Args:
       run: a function of a module, which holds nothing that is being traced.
-      args: all that it computes from, but for the decode pass.
+      args: all that it computes from, but for the kind of pass.
     """
-    return _run_within(run, _decode_pass.get(), *args)
+    return _run_within(run, _pass.get(), *args)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_within(run, decode_pass, *args):
-    with within(decode_pass):
+def _run_within(run, kind, *args):
+    with within(kind):
         return run(*args)
 
 
@@ -125,8 +134,8 @@ def by_rows(
       rows: its operands.
       cuda: as of `by_kernel`.
     """
-    decode_pass = _decode_pass.get()
-    if decode_pass is None or is_watched():
+    decode_pass = _pass.get()
+    if not isinstance(decode_pass, DecodePass) or is_watched():
         return product(*rows)
     shapes = jax.eval_shape(product, *rows)
 
@@ -163,11 +172,24 @@ def by_kernel(
         same program at every width, and fused alike.
       cpu: what CPUs do instead.
     """
-    decode_pass = _decode_pass.get()
-    if decode_pass is None or is_watched():
+    decode_pass = _pass.get()
+    if not isinstance(decode_pass, DecodePass) or is_watched():
         return product(*rows)
 
     kernel = functools.partial(cuda, decode_pass.width) if cuda else product
     return jax.lax.platform_dependent(
         *rows, cpu=cpu or product, cuda=kernel, default=product
     )
+
+
+def of_prefill(
+    product: Callable[..., PyTree], *rows: Array, cuda: Callable[..., PyTree] | None
+) -> PyTree:
+    """Return `product(*rows)`; of a long pass over a cache, NVIDIA GPUs do `cuda`.
+
+    No other pass has it as a branch: kernels have no derivatives, and JAX takes those
+    of all branches, whatever the platform.
+    """
+    if cuda is None or not is_prefill() or is_watched():
+        return product(*rows)
+    return jax.lax.platform_dependent(*rows, cuda=cuda, default=product)
