@@ -29,6 +29,8 @@ Synced = Literal["kept", "extended", "rewound", "rebuilt"]
 _compile = functools.partial(
     jax.jit, static_argnames="decoding", donate_argnames="carry"
 )
+# Where no clock may choose a tile, XLA's own products of many rows take ten times as
+# long as the library's, and more.
 _prefill = _compile(
     transitions.prefill, compiler_options={"xla_gpu_enable_triton_gemm": False}
 )

@@ -63,7 +63,8 @@ _TEMPERATURE = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _PREFILL_CHUNK = flags.DEFINE_integer(
-    "prefill_chunk", PREFILL_CHUNK, "Rows of a prefill pass, and most of any pass.",
+    "prefill_chunk", PREFILL_CHUNK,
+    "Rows of a prefill pass, and most of any pass; on a GPU 4096 suits Flash.",
     lower_bound=1,
 )  # fmt: skip
 _GATE = flags.DEFINE_bool(

@@ -46,8 +46,8 @@ def _maps(
     flat = streams.reshape(*streams.shape[:-2], -1)
 
     def kernel(flat):
-        maps = stream_maps.product(flat[0], fn.weight.get_value(), eps)
-        return maps[None]
+        weight = dequantize(fn.weight.get_value())
+        return stream_maps.product(flat[0], weight, eps)[None]
 
     served = len(flat) == 1 and stream_maps.serves(flat[0])
     product = lambda flat: fn(rms(flat, eps))  # noqa: E731

@@ -96,8 +96,8 @@ class Indexer(nnx.Module):
             served = len(query) == 1 and c.dtype == "bfloat16"
             served = served and long_index.serves(query[0], keys[0])
             by_blocks = functools.partial(in_blocks, compare)
-            kernel = kernel if served else None
-            score = of_prefill(by_blocks, query, share, cuda=kernel)
+            cuda = kernel if served else None
+            score = of_prefill(by_blocks, query, share, cuda=cuda)
         else:
             score = compare(query, share)
         return jnp.where(exists, score, -jnp.inf), cache

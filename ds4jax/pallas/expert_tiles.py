@@ -89,7 +89,7 @@ def sort(chosen: Int[Array, "T U"], experts: int, tile: int = TILE) -> Tiles:
 
 def product(
     x: Float[Array, "R In"],
-    w: QuantTensor,
+    w: Weight,
     tiles: Tiles,
     *,
     is_sorted: bool = False,
@@ -106,6 +106,7 @@ def product(
 
     The operands are bfloat16.  Places of tiles after the last have undefined results.
     """
+    assert isinstance(w, QuantTensor)
     format = _FORMATS[w.format]
     x = format.arrange(x.astype(jnp.bfloat16))
     n, size = w.shape[1], x.shape[2]
