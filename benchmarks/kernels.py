@@ -27,7 +27,7 @@ from ds4jax.experiments import environment
 from ds4jax.files import write_table
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.pallas import experts, f16, q8_0
-from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas.fixed_point import Order, fix
 from ds4jax.pallas.matmul import expert_matmul, grouped_matmul, quant_matmul
 from ds4jax.quant import dequantize
 
@@ -78,13 +78,16 @@ def median_us(run: Callable[[Any], Any], operands: Sequence[Any], own: str) -> f
     return sum(launch.us for launch in found) / len(operands)
 
 
-def measure(format: str, n: int, k: int, groups: int, rows: int) -> dict[str, Any]:
+def measure(
+    format: str, name: str, n: int, k: int, groups: int, rows: int
+) -> dict[str, Any]:
     """Return the columns that are measured of a line of SHAPES."""
-    is_expert = format in experts.FORMATS
+    is_expert = name.startswith("expert")
     vectors = USED if is_expert and n > k else groups
     x = jax.random.normal(jax.random.key(1), (rows, vectors, k))
     x = x.astype(jnp.bfloat16).astype(jnp.float32)
-    fixed = fix(x.reshape(-1, k), "bfloat16")
+    order = experts.FORMATS[format].order if is_expert else Order()
+    fixed = fix(x.reshape(-1, k), "bfloat16", order)
     filled = jnp.pad(x, ((0, DECODE_ROWS - rows), (0, 0), (0, 0)), "edge")
     if is_expert:
         w = random_weight(0, format, (EXPERTS, n, k))
@@ -138,7 +141,7 @@ def main(argv: Sequence[str]):
     table = []
     for format, name, n, k, groups in SHAPES:
         for rows in (1, 2):
-            found = measure(format, n, k, groups, rows)
+            found = measure(format, name, n, k, groups, rows)
             share = found["bytes"] / found["us"] * 1e6 / bandwidth
             faster = found["xla_us"] / found["us"]
             print(

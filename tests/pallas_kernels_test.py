@@ -144,8 +144,10 @@ def test_experts_of_a_width_that_is_no_power_of_two(name):
     check(found, "nui,nuoi->nuo", x[None].repeat(2, 1), chosen, "float32")
 
 
-@DTYPES
-@pytest.mark.parametrize("name, order", list(zip(experts.FORMATS, ORDERS, strict=True)))
+@pytest.mark.parametrize(
+    "name, order, dtype",
+    list(zip(experts.FORMATS, ORDERS, [*LIMBS] * 2, strict=True)),
+)
 def test_gated_experts(name, order, dtype):
     """The fixed point of what the two products give; seen red with up for gate."""
     used, hidden = 2, 128
@@ -177,7 +179,7 @@ def test_gated_experts(name, order, dtype):
     np.testing.assert_allclose(
         sums, value.reshape(*sums.shape, -1).sum(-1), rtol=1e-4, atol=1e-3
     )
-    for width in (1, 2, 3, 4):
+    for width in (1, 3):
         found = run(x.at[width:].set(jnp.nan), width)
         first = lambda array: array[: width * used]  # noqa: B023, E731
         jax.tree.map(same, jax.tree.map(first, found), jax.tree.map(first, whole))

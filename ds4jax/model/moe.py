@@ -94,7 +94,8 @@ class MoE(nnx.Module):
     def _kernels(self, width, x, chosen, stacks):
         c = self.config
         activate = _swiglu(c.swiglu_limit)
-        return experts_by_kernel(x[0], *stacks, chosen, activate, c.dtype, width)
+        gate, up, down = stacks
+        return experts_by_kernel(x[0], gate, up, down, chosen, activate, c.dtype, width)
 
     def _routed(self, x, chosen, share):
         """Sum each row's chosen experts, whichever way takes less."""

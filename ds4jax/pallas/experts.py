@@ -29,15 +29,17 @@ class Format:
     Attributes:
       order: of the activations.
       activations, planes, multiply: as in `k_quants` and `iq2_xxs`.
-      warps, tiles: of a program, which takes a tile of a row for each warp at a time.
+      warps, tiles: of a program of `matvec`; a tile has a row for each warp.
+      gated_warps: of a program of `gated`.
     """
 
     order: Order
     activations: Callable[[FixedPoint], list[Array]]
     planes: Callable[[QuantTensor], list[Array]]
     multiply: Callable[..., list[Array]]
-    warps: int = 8
-    tiles: int = 4
+    warps: int
+    tiles: int
+    gated_warps: int
 
 
 def _read_by_chunk(at, refs, chunk):
@@ -61,21 +63,36 @@ def _unpack_q4_k(scales):
     return [(first, least), (second, second_least)]
 
 
-def _k_quant(bits: int, read: Callable, unpack: Callable, *scales: str) -> Format:
+def _k_quant(
+    bits: int,
+    read: Callable,
+    unpack: Callable,
+    scales: tuple[str, ...],
+    program: tuple[int, int, int],
+) -> Format:
     return Format(
         Order(levels=8 // bits),
         k_quants.activations,
         functools.partial(k_quants.planes, scales=scales),
         functools.partial(k_quants.multiply, bits=bits, read=read, unpack=unpack),
+        *program,
     )
 
 
 FORMATS = {
-    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)]),
-    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, "dmin", "scales"),
-    "Q4_K": _k_quant(4, _read_by_group, _unpack_q4_k, "dmin", "scales", "mins"),
+    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (8, 1, 16)),
+    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (8, 2, 8)),
+    "Q4_K": _k_quant(
+        4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (8, 4, 8)
+    ),
     "IQ2_XXS": Format(
-        Order(by_word=True), iq2_xxs.activations, iq2_xxs.planes, iq2_xxs.multiply
+        Order(by_word=True),
+        iq2_xxs.activations,
+        iq2_xxs.planes,
+        iq2_xxs.multiply,
+        warps=8,
+        tiles=4,
+        gated_warps=4,
     ),
 }
 """The ggml types that are multiplied here."""
@@ -191,7 +208,7 @@ def gated(
     assert gate.format == up.format and x.order == format.order
     n = gate.shape[1]
     rows, each = expert_ids.shape
-    warps = warps or format.warps
+    warps = warps or format.gated_warps
     own = (width or rows) * each
     operands = format.activations(x), format.planes(gate), format.planes(up)
     found = pl.pallas_call(

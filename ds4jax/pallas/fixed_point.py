@@ -258,31 +258,31 @@ def total(parts: list[Int[Array, "..."]]) -> Float[Array, "..."]:
     return value
 
 
-PREFETCH = True
-
-
 def in_turn(
     load: Callable[[Any], list[Any]],
     product: Callable[[Any], Callable[..., Array]],
     steps: int,
     sums: list[Array],
+    *,
+    ahead: bool,
 ) -> list[Array]:
     """Return `sums` with the products of all steps added.  Only within a kernel.
 
-    What is loaded of all tiles is on its way before anything is computed of a step.
+    What is read of all tiles is on its way before anything is computed of a step.
 
     Args:
       load: from a step to what is read of the weight's tiles.
       product: from a step to the product of what is read of a tile.
       steps: how many.
       sums: of each tile.
+      ahead: whether it is on its way during the step before, which takes registers.
     """
 
     def add(step, sums, loaded):
         of_tile = product(step)
         return [s + of_tile(*tile) for s, tile in zip(sums, loaded, strict=True)]
 
-    if not PREFETCH:
+    if not ahead:
         return jax.lax.fori_loop(0, steps, lambda i, s: add(i, s, load(i)), sums)
 
     def turn(step, carry):

@@ -108,7 +108,7 @@ def multiply(
         return of_tile
 
     zero = jnp.zeros((height, units), jnp.float32)
-    sums = in_turn(load, product, groups // units, [zero] * len(tiles))
+    sums = in_turn(load, product, groups // units, [zero] * len(tiles), ahead=True)
     return [jnp.sum(so_far, -1) for so_far in sums]
 
 

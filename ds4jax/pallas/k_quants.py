@@ -52,7 +52,7 @@ def multiply(
     *,
     bits: int,
     read: Callable[..., list[Array]],
-    unpack: Callable[[list[Array]], list[tuple[Array | int, Array | int]]],
+    unpack: Callable[[list[Array]], list[tuple[Any, Any]]],
 ) -> list[Array]:
     """Return the products of tiles of an expert's rows with a row, float32 `[height]`.
 
@@ -115,5 +115,6 @@ def multiply(
         return of_tile
 
     zero = jnp.zeros((height, units), jnp.float32)
-    sums = in_turn(load, product, chunks // units, [zero] * len(tiles))
+    # What is ahead of more levels leaves too few registers.
+    sums = in_turn(load, product, chunks // units, [zero] * len(tiles), ahead=bits == 8)
     return [jnp.sum(so_far, -1) for so_far in sums]

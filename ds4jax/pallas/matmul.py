@@ -147,17 +147,15 @@ def expert_matmul(
 
 def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
     """Say whether `experts_by_kernel` is for these weights."""
-    return all(
-        isinstance(w, QuantTensor) and w.format in experts.FORMATS
-        for w in (gate, up, down)
-    ) and (gate.format == up.format)
+    formats = [w.format if isinstance(w, QuantTensor) else "" for w in (gate, up, down)]
+    return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
 
 
 def experts_by_kernel(
     x: Float[Array, "N In"],
-    gate: Weight,
-    up: Weight,
-    down: Weight,
+    gate: QuantTensor,
+    up: QuantTensor,
+    down: QuantTensor,
     expert_ids: Int[Array, "N U"],
     activation: Callable[[Array, Array], Array],
     dtype: str,
@@ -177,7 +175,6 @@ def experts_by_kernel(
       width: how many of the N rows, the first ones, are not copies.
       interpret: without a GPU.
     """
-    assert has_expert_kernels(gate, up, down)
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
     hidden = experts.gated(
         fix(x, dtype, order, interpret=interpret), gate, up, expert_ids, activation,
