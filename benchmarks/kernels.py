@@ -29,7 +29,7 @@ from ds4jax.experiments import environment
 from ds4jax.files import write_table
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.pallas import experts, f16, q8_0
-from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas.fixed_point import Order, fix
 from ds4jax.pallas.matmul import expert_matmul, grouped_matmul, quant_matmuls
 from ds4jax.quant import dequantize
 
@@ -87,14 +87,15 @@ def median_us(run: Callable[[Any], Any], operands: Sequence[Any], own: str) -> f
 
 
 def measure(
-    format: str, outs: list[int], k: int, groups: int, rows: int
+    format: str, name: str, outs: list[int], k: int, groups: int, rows: int
 ) -> dict[str, Any]:
     """Return the columns that are measured of a line of SHAPES."""
-    is_expert, n = format in experts.FORMATS, outs[0]
+    is_expert, n = name.startswith("expert"), outs[0]
     vectors = USED if is_expert and n > k else groups
     x = jax.random.normal(jax.random.key(1), (rows, vectors, k))
     x = x.astype(jnp.bfloat16).astype(jnp.float32)
-    fixed = fix(x.reshape(-1, k), "bfloat16")
+    order = experts.FORMATS[format].order if is_expert else Order()
+    fixed = fix(x.reshape(-1, k), "bfloat16", order)
     filled = jnp.pad(x, ((0, DECODE_ROWS - rows), (0, 0), (0, 0)), "edge")
     if is_expert:
         w = random_weight(0, format, (EXPERTS, n, k))
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]):
     for format, name, outs, k, groups in SHAPES:
         n = "+".join(map(str, outs))
         for rows in (1, 2, 4):
-            found = measure(format, outs, k, groups, rows)
+            found = measure(format, name, outs, k, groups, rows)
             share = found["bytes"] / found["us"] * 1e6 / bandwidth
             faster = found["xla_us"] / found["us"]
             print(

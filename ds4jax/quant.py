@@ -50,7 +50,7 @@ class QuantTensor:
     | Q2_K    | quants u32 [..., n/16], scales u32 [..., n/64] (low nibble of a byte: scale, high: minimum; a word has those of the four values in each byte of four words of quants), d and dmin f16 [..., n/256] |
     | Q4_K    | quants u32 [..., n/8], scales and mins u8 [..., n/32], d and dmin f16 [..., n/256] |
     | Q6_K    | low u8 [..., n/2], high u8 [..., n/4], scales i8 [..., n/16], d f16 [..., n/256] |
-    | IQ2_XXS | grid u32 [..., n/32] (4 grid rows of 8 bits), signs u32 [..., n/32] (4 sign patterns of 7 bits, 4-bit scale on top), d f16 [..., n/256] |
+    | IQ2_XXS | grid u32 [..., n/32] (4 grid rows of 8 bits), signs u32 [..., n/32] (bit 4 i + j: whether an odd number of the weights 0 ... i of grid row j is negative, i < 7; 4-bit scale on top), d f16 [..., n/256] |
     | MXFP4   | quants u8 [..., n/2], exponents u8 [..., n/32] |
 
     Attributes:
@@ -282,28 +282,50 @@ def _join_q6_k(low: Array, high: Array, scales: Array, d: Array) -> Array:
 
 def _split_iq2_xxs(blocks: np.ndarray) -> dict[str, np.ndarray]:
     groups = _field(blocks, 2, 66, "<u4")
+    signs = _transpose_signs(groups[..., 1::2], (7, 1), (1, 4))
+    for shift in (4, 8, 16):
+        signs ^= signs << shift & _SIGNS
     return {
         "grid": groups[..., 0::2],
-        "signs": groups[..., 1::2],
+        "signs": signs,
         "d": _field(blocks, 0, 2, "<f2"),
     }
 
 
 def _merge_iq2_xxs(grid: np.ndarray, signs: np.ndarray, d: np.ndarray) -> Fields:
+    signs = signs ^ signs << 4 & _SIGNS
+    signs = _transpose_signs(signs, (1, 4), (7, 1))
     groups = np.stack([grid, signs], axis=-1)
     return d, groups.reshape(*grid.shape[:-1], -1)
+
+
+_SIGNS = np.uint32(0x0FFFFFFF)
+"""Where IQ2_XXS's signs are in their words."""
+
+
+def _transpose_signs(
+    words: np.ndarray, old: tuple[int, int], new: tuple[int, int]
+) -> np.ndarray:
+    """Move sign i of row j from bit `old @ (j, i)` to `new @ (j, i)`."""
+    moved = words & ~_SIGNS
+    for j in range(4):
+        for i in range(7):
+            bit = words >> (old[0] * j + old[1] * i) & 1
+            moved |= bit << (new[0] * j + new[1] * i)
+    return moved
 
 
 def _join_iq2_xxs(grid: Array, signs: Array, d: Array) -> Array:
     rows = grid.reshape(*d.shape, 8, 1) >> jnp.arange(0, 32, 8, dtype=jnp.uint32)
     magnitudes = jnp.asarray(IQ2_GRID)[rows & 255]
-    signs = signs.reshape(*d.shape, 8, 1)
-    seven = signs >> jnp.arange(0, 28, 7, dtype=jnp.uint32) & 127
+    scale = _f32(d, 1) * (0.5 + (signs >> 28).reshape(*d.shape, 8)) * 0.25
     # The eighth sign of a row makes the number of negatives even.
-    eight = seven | (jax.lax.population_count(seven) & 1) << 7
-    negative = eight[..., None] >> jnp.arange(8, dtype=jnp.uint32) & 1
-    scale = _f32(d, 1, 1) * (0.5 + (signs >> 28).astype(jnp.float32)) * 0.25
-    return scale[..., None] * jnp.where(negative, -magnitudes, magnitudes)
+    signs = (signs & _SIGNS) ^ signs << 4
+    place = jnp.arange(4, dtype=jnp.uint32)[:, None] + 4 * jnp.arange(
+        8, dtype=jnp.uint32
+    )
+    negative = signs.reshape(*d.shape, 8, 1, 1) >> place & 1
+    return scale[..., None, None] * jnp.where(negative, -magnitudes, magnitudes)
 
 
 def _split_mxfp4(blocks: np.ndarray) -> dict[str, np.ndarray]:

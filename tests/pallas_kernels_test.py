@@ -8,22 +8,24 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from pallas_matmul_test import EXPERTS, IN, rows, weight
+from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 
 from ds4jax import synthetic
 from ds4jax.model.attention import Source, attend
 from ds4jax.model.hyper import HyperConnection
-from ds4jax.model.layers import RMSNorm, rms
+from ds4jax.model.layers import RMSNorm, clamped_swiglu, rms
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0, router
-from ds4jax.pallas.fixed_point import GROUP, LIMBS, fix
-from ds4jax.pallas.matmul import expert_matmul
+from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
+from ds4jax.pallas.matmul import expert_matmul, experts_by_kernel, has_expert_kernels
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS = 8
 WIDTHS = (1, 2, 3, 4, 7)
 WORST = {"float32": 2.0**-19, "bfloat16": 2.0**-13}
 """Of the sum of magnitudes: twice what the last limb of `fix` may round away."""
+LIMIT = 0.5
+ORDERS = Order(), Order(levels=2), Order(levels=4), Order(by_word=True)
 DTYPES = pytest.mark.parametrize("dtype", LIMBS)
 same = np.testing.assert_array_equal
 
@@ -45,22 +47,36 @@ def assert_copies(found, expected, width: int):
     same(found[width:], np.repeat(expected[width - 1][None], ROWS - width, 0))
 
 
+def swiglu(gate, up):
+    return clamped_swiglu(gate, up, LIMIT)
+
+
+def read(x: FixedPoint) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows' values, float64 [R, G, GROUP], and the sums of their halves."""
+    words = np.asarray(x.words)
+    if x.order.by_word:
+        words = words.swapaxes(-1, -2)
+    limbs = np.ascontiguousarray(words).view(np.int8).astype(np.float64)
+    place = 256.0 ** np.arange(limbs.shape[1])[::-1]
+    value = np.einsum("l,rlgi->rgi", place, limbs)
+    value *= np.asarray(x.scale, np.float64)[..., None]
+    groups = x.order.place(np.arange(value.shape[1]), value.shape[1])
+    return value[:, groups], np.asarray(x.sums)[:, groups]
+
+
 @DTYPES
-def test_fixed_point_is_as_near_as_it_says(dtype):
+@pytest.mark.parametrize("order", ORDERS)
+def test_fixed_point_is_as_near_as_it_says(order, dtype):
     """Seen red with a unit twice as coarse."""
     x = rows(3) * jnp.exp(normal(0, 3, IN) * 4)
     x = x.at[0, :GROUP].set(0).at[1, GROUP].set(1e-38)
-    found = fix(x, dtype, interpret=True)
-    limbs = np.asarray(found.words).view(np.int8).reshape(3, LIMBS[dtype], -1, GROUP)
-    place = 256.0 ** np.arange(LIMBS[dtype])[::-1]
-    value = np.einsum("l,rlgi->rgi", place, limbs.astype(np.float64))
-    value *= np.asarray(found.scale, np.float64)[..., None]
+    value, sums = read(fix(x, dtype, order, interpret=True))
     exact = np.asarray(x.astype(dtype), np.float64).reshape(3, -1, GROUP)
     largest = abs(exact).max(-1, keepdims=True)
     assert np.all(abs(value - exact) <= 2.0 ** (2 - 8 * LIMBS[dtype]) * largest + 1e-34)
-    same(found.sums[0, 0], 0)
+    same(sums[0, 0], 0)
     np.testing.assert_allclose(
-        found.sums, exact.reshape(3, -1, 2, 16).sum(-1), rtol=1e-5, atol=1e-5
+        sums, exact.reshape(3, -1, 2, 16).sum(-1), rtol=1e-5, atol=1e-5
     )
 
 
@@ -161,14 +177,15 @@ def test_experts(name, each, dtype):
     w, used = weight(name, EXPERTS, 24), 3
     x = rows(ROWS, each)
     ids = jnp.asarray(np.random.default_rng(0).integers(EXPERTS, size=(ROWS, used)))
-    fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
+    order = experts.FORMATS[name].order
+    fixed = fix(x.reshape(-1, IN), dtype, order, interpret=True)
     expected = experts.matvec(fixed, w, ids, interpret=True)
     wide = jnp.broadcast_to(x, (ROWS, used, IN))
     chosen = jax.tree.map(lambda plane: plane[ids], w)
     check(expected, "nui,nuoi->nuo", wide, chosen, dtype)
     for width in (1, 2) if each == 1 else (3,):
         spoilt = x.at[width:].set(jnp.nan).reshape(-1, IN)
-        spoilt = fix(spoilt, dtype, interpret=True)
+        spoilt = fix(spoilt, dtype, order, interpret=True)
         found = experts.matvec(spoilt, w, ids, width, interpret=True)
         assert_copies(found, expected, width)
 
@@ -178,9 +195,51 @@ def test_experts_of_a_width_that_is_no_power_of_two(name):
     """Seen red when what is left after whole steps was dropped."""
     w = synthetic.blocks(jax.random.key(0), name, (2, 8, 3072))
     x, ids = normal(0, 1, 3072), jnp.asarray([[1, 0]])
-    found = experts.matvec(fix(x, "float32", interpret=True), w, ids, interpret=True)
+    fixed = fix(x, "float32", experts.FORMATS[name].order, interpret=True)
+    found = experts.matvec(fixed, w, ids, interpret=True)
     chosen = jax.tree.map(lambda plane: plane[ids], w)
     check(found, "nui,nuoi->nuo", x[None].repeat(2, 1), chosen, "float32")
+
+
+@pytest.mark.parametrize(
+    "name, order, dtype",
+    list(zip(experts.FORMATS, ORDERS, [*LIMBS] * 2, strict=True)),
+)
+def test_gated_experts(name, order, dtype):
+    """The fixed point of what the two products give; seen red with up for gate."""
+    used, hidden = 2, 128
+    gate, up = (
+        synthetic.blocks(jax.random.key(i), name, (3, hidden, IN)) for i in range(2)
+    )
+    x, ids = (
+        rows(ROWS),
+        jnp.asarray(np.random.default_rng(0).integers(3, size=(ROWS, used))),
+    )
+
+    def run(x, width):
+        fixed = fix(x, dtype, experts.FORMATS[name].order, interpret=True)
+        return experts.gated(
+            fixed, gate, up, ids, swiglu, dtype, order, width, interpret=True, warps=32
+        )
+
+    whole = run(x, None)
+    value, sums = read(whole)
+    products = [
+        np.einsum("ni,nuoi->nuo", cast(x, dtype), np.asarray(dequantize(w))[ids])
+        for w in (gate, up)
+    ]
+    exact = np.asarray(swiglu(*map(jnp.asarray, products))).reshape(value.shape)
+    # Rounding to the type, next to which that of the products is small.
+    worst = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
+    largest = abs(exact).max(-1, keepdims=True)
+    assert np.all(abs(value - exact) <= worst * largest)
+    np.testing.assert_allclose(
+        sums, value.reshape(*sums.shape, -1).sum(-1), rtol=1e-4, atol=1e-3
+    )
+    for width in (1, 3):
+        found = run(x.at[width:].set(jnp.nan), width)
+        first = lambda array: array[: width * used]  # noqa: B023, E731
+        jax.tree.map(same, jax.tree.map(first, found), jax.tree.map(first, whole))
 
 
 @pytest.mark.parametrize("hidden", [128, 256])
@@ -299,9 +358,27 @@ def test_the_router():
             assert_copies(of_some, of_all, width)
 
 
-def test_a_weight_without_a_kernel_is_refused():
-    with pytest.raises(NotImplementedError, match="no kernel for experts of Q6_K"):
-        expert_matmul(
-            rows(1, 1), weight("Q6_K", EXPERTS, 24), jnp.zeros((1, 2), jnp.int32),
-            implementation="pallas",
-        )  # fmt: skip
+@pytest.mark.parametrize(
+    "gated, down", [("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("Q8_0", "Q8_0")]
+)
+def test_experts_by_kernel(gated, down):
+    """Each kernel gives the next what it reads, in its order."""
+    gate, up, back = (
+        synthetic.blocks(jax.random.key(i), name, (3, IN, IN))
+        for i, name in enumerate((gated, gated, down))
+    )
+    x, ids = rows(2), jnp.asarray([[1, 0], [2, 1]])
+    found = experts_by_kernel(
+        x, gate, up, back, ids, swiglu, "float32", 2, interpret=True
+    )
+    product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
+    hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
+    np.testing.assert_allclose(found, product(hidden, back), rtol=1e-4, atol=1e-4)
+
+
+def test_other_weights_have_no_kernels():
+    q8_0, q6_k = (weight(name, EXPERTS, 24) for name in ("Q8_0", "Q6_K"))
+    assert has_expert_kernels(q8_0, q8_0, weight("Q2_K", EXPERTS, 24))
+    assert not has_expert_kernels(q8_0, q8_0, q6_k)
+    assert not has_expert_kernels(q8_0, q8_0, weight("F16", EXPERTS, 24))
+    assert not has_expert_kernels(q8_0, weight("Q2_K", EXPERTS, 24), q8_0)

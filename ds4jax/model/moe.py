@@ -6,6 +6,9 @@ selection only; ties go to the lowest index, as in ds4.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,17 +18,23 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
 from ds4jax.pallas import expert_tiles, router
 from ds4jax.pallas.matmul import (
-    Implementation,
     every_expert_matmul,
     expert_matmul,
+    experts_by_kernel,
     experts_in_groups,
-    has_expert_kernel,
+    has_expert_kernels,
 )
 from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
 from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
 """ds4's guard on the denominator of the routing weights."""
+
+
+@functools.cache
+def _swiglu(limit: float) -> Callable[[Array, Array], Array]:
+    """Return one function for all layers, whose kernels are then traced once."""
+    return functools.partial(clamped_swiglu, limit=limit)
 
 
 class MoE(nnx.Module):
@@ -58,13 +67,36 @@ class MoE(nnx.Module):
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
         """
-        limit = self.config.swiglu_limit
         chosen, share = self.route(x, tokens)
-        stacks = (w.get_value() for w in (self.gate, self.up, self.down))
-        kernel = self._by_kernel if all(map(has_expert_kernel, stacks)) else None
+        kernel = self._by_kernel if has_expert_kernels(*self._stacks()) else None
         out = by_rows(self._routed, x, chosen, share, cuda=kernel)
-        shared = clamped_swiglu(self.shared_gate(x), self.shared_up(x), limit)
-        return out + self.shared_down(shared), chosen
+        kernel = self._shared_by_kernel
+        if not has_expert_kernels(*self._shared_weights()):
+            kernel = None
+        return out + by_kernel(self._shared, x, cuda=kernel), chosen
+
+    def _stacks(self):
+        return [w.get_value() for w in (self.gate, self.up, self.down)]
+
+    def _shared_weights(self):
+        linears = self.shared_gate, self.shared_up, self.shared_down
+        return [linear.weight.get_value() for linear in linears]
+
+    def _shared(self, x):
+        activate = _swiglu(self.config.swiglu_limit)
+        return self.shared_down(activate(self.shared_gate(x), self.shared_up(x)))
+
+    def _shared_by_kernel(self, width, x):
+        """Multiply the shared expert, as the only one there is to choose."""
+        stacks = jax.tree.map(lambda plane: plane[None], self._shared_weights())
+        chosen = jnp.zeros((x.shape[1], 1), jnp.int32)
+        return self._kernels(width, x, chosen, stacks)[None, :, 0]
+
+    def _kernels(self, width, x, chosen, stacks):
+        c = self.config
+        activate = _swiglu(c.swiglu_limit)
+        gate, up, down = stacks
+        return experts_by_kernel(x[0], gate, up, down, chosen, activate, c.dtype, width)
 
     def _routed(self, x, chosen, share):
         """Sum each row's chosen experts, whichever way takes less."""
@@ -82,8 +114,8 @@ class MoE(nnx.Module):
 
     def _by_kernel(self, width, x, chosen, share):
         """Sum each row's chosen experts, multiplied where they lie."""
-        rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
-        return self._chosen(*rows, width=width).reshape(x.shape)
+        out = self._kernels(width, x, chosen[0], self._stacks())
+        return jnp.sum(share[0, ..., None] * out, axis=1)[None]
 
     def route(
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
@@ -116,18 +148,16 @@ class MoE(nnx.Module):
         total = jnp.maximum(total, _SMALLEST_TOTAL)
         return picked / total * self.config.routed_scale
 
-    def _chosen(self, x, chosen, share, width: int | None = None):
-        """Sum the chosen experts in slot order and no other (by kernel: `width`)."""
-        c = self.config
-        implementation: Implementation = "pallas" if width else "xla"
+    def _chosen(self, x, chosen, share):
+        """Sum the chosen experts in slot order and no other."""
 
         def product(x, w):
-            w = w.get_value()
-            return expert_matmul(x, w, chosen, c.dtype, implementation, width)
+            return expert_matmul(x, w, chosen, self.config.dtype)
 
-        gate, up = product(x[:, None], self.gate), product(x[:, None], self.up)
-        hidden = clamped_swiglu(gate, up, c.swiglu_limit)
-        return jnp.sum(share[..., None] * product(hidden, self.down), axis=1)
+        gate, up, down = self._stacks()
+        x, activate = x[:, None], _swiglu(self.config.swiglu_limit)
+        hidden = activate(product(x, gate), product(x, up))
+        return jnp.sum(share[..., None] * product(hidden, down), axis=1)
 
     def _by_tiles(self, x, chosen, share):
         """Sort rows by expert, multiply each with its own, and sum in slot order."""
@@ -145,14 +175,14 @@ class MoE(nnx.Module):
         is_chosen = chosen[..., None] == jnp.arange(c.experts)
         weight = jnp.sum(jnp.where(is_chosen, share[..., None], 0), axis=1)
         stacks, groups = [], 1
-        for w in (self.gate, self.up, self.down):
-            stack, groups = experts_in_groups(w.get_value(), c.experts)
+        for w in self._stacks():
+            stack, groups = experts_in_groups(w, c.experts)
             stacks.append(stack)
 
         def add_group(total, group):
             (gate, up, down), weight = group
             product = lambda x, w: every_expert_matmul(x, w, c.dtype)  # noqa: E731
-            hidden = clamped_swiglu(product(x, gate), product(x, up), c.swiglu_limit)
+            hidden = _swiglu(c.swiglu_limit)(product(x, gate), product(x, up))
             part = jnp.sum(weight[..., None] * product(hidden, down), axis=0)
             return total + part, None
 

@@ -262,20 +262,18 @@ def _decode_iq2(refs, expert, places, columns):
     block = columns // (grid_ref.shape[2] // d_ref.shape[2])
     d = d_ref[expert, places, block].astype(jnp.float32)
     scale = d * (0.5 + (signs >> 28).astype(jnp.int32).astype(jnp.float32)) * 0.25
+    # See `QuantTensor`: a sign is the parity of its bit and of those before it.
+    negative = (signs & 0x0FFFFFFF) ^ (signs << 4)
     first, second, third = (np.float32(level).view(np.uint32) for level in _LEVELS)
 
     def section(four):
         codes = codes_ref[((grid >> (8 * four)) & 255).astype(jnp.int32)]
-        seven = (signs >> (7 * four)) & 127
-        parity = seven ^ (seven >> 4)
-        parity = parity ^ (parity >> 2)
-        negative = seven | ((parity ^ (parity >> 1)) & 1) << 7
 
         def value(place):
             place = place.astype(jnp.uint32)
             code = (codes >> (2 * place)) & 3
             size = jnp.where(code == 0, first, jnp.where(code == 1, second, third))
-            bits = size ^ (negative >> place << 31)
+            bits = size ^ (negative >> (4 * place + four) << 31)
             return jax.lax.bitcast_convert_type(bits, jnp.float32) * scale
 
         return value

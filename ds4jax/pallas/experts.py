@@ -1,4 +1,4 @@
-"""Products of rows with the experts they chose, on NVIDIA GPUs: Q2_K, Q4_K, IQ2_XXS.
+"""Products of rows with the experts they chose, on NVIDIA GPUs.
 
 A program takes some rows of one expert's weight and one row of activations.  Programs
 run in the order of the weight's rows, so what two rows read of one expert lies in the
@@ -7,25 +7,98 @@ cache for the second.  A pair's sum has one order, fixed by the weight's shape a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ds4jax.iq2_grid import IQ2_GRID
-from ds4jax.pallas.fixed_point import FixedPoint, dot, total
+from ds4jax.pallas import iq2_xxs, k_quants
+from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 from ds4jax.quant import QuantTensor
 
-_MAGNITUDES = np.ascontiguousarray(
-    IQ2_GRID.astype(np.int8).view("<u4").reshape(256, 2).T
-)
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How a ggml type is multiplied.
+
+    Attributes:
+      order: of the activations.
+      activations, planes, multiply: as in `k_quants` and `iq2_xxs`.
+      warps, tiles: of a program of `matvec`; a tile has a row for each warp.
+      gated_warps: of a program of `gated`.
+    """
+
+    order: Order
+    activations: Callable[[FixedPoint], list[Array]]
+    planes: Callable[[QuantTensor], list[Array]]
+    multiply: Callable[..., list[Array]]
+    warps: int
+    tiles: int
+    gated_warps: int
 
 
+def _read_by_chunk(at, refs, chunk):
+    return [at(ref, chunk) for ref in refs]
+
+
+def _read_by_group(at, refs, chunk):
+    return [at(ref, chunk // 2 * 2 + level) for level in range(2) for ref in refs]
+
+
+def _unpack_q2_k(scales):
+    (packed,) = (word.astype(jnp.int32) for word in scales)
+    return [
+        ((packed >> (8 * level)) & 15, (packed >> (8 * level + 4)) & 15)
+        for level in range(4)
+    ]
+
+
+def _unpack_q4_k(scales):
+    first, least, second, second_least = (byte.astype(jnp.int32) for byte in scales)
+    return [(first, least), (second, second_least)]
+
+
+def _k_quant(
+    bits: int,
+    read: Callable,
+    unpack: Callable,
+    scales: tuple[str, ...],
+    program: tuple[int, int, int],
+) -> Format:
+    return Format(
+        Order(levels=8 // bits),
+        k_quants.activations,
+        functools.partial(k_quants.planes, scales=scales),
+        functools.partial(k_quants.multiply, bits=bits, read=read, unpack=unpack),
+        *program,
+    )
+
+
+FORMATS = {
+    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (8, 1, 16)),
+    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (8, 2, 8)),
+    "Q4_K": _k_quant(
+        4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (8, 4, 8)
+    ),
+    "IQ2_XXS": Format(
+        Order(by_word=True),
+        iq2_xxs.activations,
+        iq2_xxs.planes,
+        iq2_xxs.multiply,
+        warps=8,
+        tiles=4,
+        gated_warps=4,
+    ),
+}
+"""The ggml types that are multiplied here."""
+
+
+@functools.partial(jax.jit, static_argnames=("width", "interpret", "tile"))
 def matvec(
     x: FixedPoint,
     w: QuantTensor,
@@ -33,209 +106,143 @@ def matvec(
     width: int | None = None,
     *,
     interpret: bool = False,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Float[Array, "R U Out"]:
     """Return the product of each row, or of R U rows in turn, with its U experts.
 
     Args:
-      x: R or R * U rows of In.
-      w: [E, Out, In], of Q2_K, Q4_K or IQ2_XXS.
+      x: R or R * U rows of In, in the order of the format.
+      w: [E, Out, In], of one of FORMATS.
       expert_ids: of each row.
       width: for how many of the R rows to compute; the others' results are copies of
         the last of these.  All if not given.
       interpret: without a GPU.
-      tile: rows and units of columns that a program takes at a time, and its warps: 64
-        columns of Q2_K, 32 of the others are a unit.
+      tile: a program's warps and tiles; by the format if not given.
     """
-    kernel, arrange, default = _KERNELS[w.format]
+    format = FORMATS[w.format]
+    assert x.order == format.order
     n = w.shape[1]
     rows, each = expert_ids.shape
-    bn, units, warps = tile or default
-    operands = arrange(x, w)
-    size = operands[-1].shape[2]
-    bn, units = min(bn, n & -n), min(units, size & -size)
-    pairs = rows * each
+    warps, tiles = tile or (format.warps, format.tiles)
+    height = min(n & -n, warps)
+    tiles = min((n // height) & -(n // height), tiles)
+    pairs, own = rows * each, (width or rows) * each
+    operands = format.activations(x), format.planes(w)
     out = pl.pallas_call(
         functools.partial(
-            kernel, bn=bn, units=units, each=pairs // len(x.scale), interpret=interpret,
-            copies=[pairs - each * (width or rows), each],
+            _kernel,
+            multiply=format.multiply,
+            count=len(operands[0]),
+            tiles=tiles,
+            height=height,
+            each=pairs // len(x.scale),
+            copies=[pairs - own, each],
+            interpret=interpret,
         ),
-        grid=(each * (width or rows), n // bn),
+        grid=(own, n // (height * tiles)),
         out_shape=jax.ShapeDtypeStruct((pairs, n), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
-        name=f"{w.format.lower()}_{each * (width or rows)}x{n}x{w.shape[-1]}",
-    )(expert_ids.reshape(-1), *operands)  # fmt: skip
+        name=f"{w.format.lower()}_{own}x{n}x{w.shape[-1]}",
+    )(expert_ids.reshape(-1), *operands[0], *operands[1])
     return out.reshape(rows, each, n)
 
 
-def _store(out_ref, own, sums, copies):
-    """Write a pair's result, and again for each row that is a copy of its row."""
-    pair = pl.program_id(0)
-    total, each = jnp.sum(sums, -1), copies[1]
-    out_ref[pair, own] = total
-
+def _kernel(
+    ids_ref,  # [P]
+    *refs,  # of the activations, of the weight; out [P, N]
+    multiply, count, tiles, height, each, copies, interpret,
+):  # fmt: skip
+    x, w, out_ref = refs[:count], refs[count:-1], refs[-1]
+    pair, first = pl.program_id(0), pl.program_id(1) * tiles * height
+    firsts = [first + height * tile for tile in range(tiles)]
+    found = multiply(
+        x, [(w, at) for at in firsts], pair // each, ids_ref[pair], height, interpret
+    )
+    for at, values in zip(firsts, found, strict=True):
+        out_ref[pair, pl.ds(at, height)] = values
     if copies[0]:
 
-        @pl.when(pair >= pl.num_programs(0) - each)
+        @pl.when(pair >= pl.num_programs(0) - copies[1])
         def _copy():
-            for more in range(each, copies[0] + each, each):
-                out_ref[pair + more, own] = total
+            for more in range(copies[1], copies[0] + copies[1], copies[1]):
+                for at, values in zip(firsts, found, strict=True):
+                    out_ref[pair + more, pl.ds(at, height)] = values
 
 
-def _arrange_k(*scale_planes: str) -> Callable:
-    """Return what names the operands of a K-quant's kernel in its order."""
+@functools.partial(
+    jax.jit,
+    static_argnames=("activation", "dtype", "order", "width", "interpret", "warps"),
+)
+def gated(
+    x: FixedPoint,
+    gate: QuantTensor,
+    up: QuantTensor,
+    expert_ids: Int[Array, "R U"],
+    activation: Callable[[Array, Array], Array],
+    dtype: str,
+    order: Order,
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+    warps: int | None = None,
+) -> FixedPoint:
+    """Return `activation(gate x, up x)` of each row and each expert it chose.
 
-    def arrange(x: FixedPoint, w: QuantTensor) -> list[Array]:
-        planes = w.planes
-        quants = planes["quants"]
-        return [
-            x.words,
-            x.scale,
-            x.sums,
-            planes["d"],
-            planes["dmin"],
-            *(planes[name] for name in scale_planes),
-            quants.reshape(*quants.shape[:-1], -1, 4),
-        ]
+    Args:
+      x: R rows of In, in the order of the format.
+      gate, up: [E, F, In], of one of FORMATS.
+      expert_ids: of each row.
+      activation: elementwise.
+      dtype: operand type of what the result is to be multiplied by.
+      order: of the result.
+      width: for how many of the R rows to compute; there is nothing in the others'
+        places.  All if not given.
+      interpret: without a GPU.
+      warps: of a program; by the format if not given.
 
-    return arrange
-
-
-def _k_kernel(
-    ids_ref,  # [R U]
-    words_ref,  # [rows, limbs, G, 8]
-    scale_ref,  # [rows, G]
-    sums_ref,  # [rows, G, 2]
-    d_ref,  # [E, N, B]
-    dmin_ref,  # [E, N, B]
-    *refs,  # of scales, as `read` takes them; quants [E, N, C, 4]; out [R U, N]
-    bn, units, each, copies, interpret, bits, read,
-):  # fmt: skip
-    *scale_refs, quants_ref, out_ref = refs
-    pair, levels = pl.program_id(0), 8 // bits
-    row, expert = pair // each, ids_ref[pair]
-    own = pl.ds(pl.program_id(1) * bn, bn)
-    chunks, blocks = quants_ref.shape[2], d_ref.shape[2]
-    places = jnp.arange(bn)[:, None] + pl.program_id(1) * bn
-
-    def add(step, so_far):
-        chunk = step * units + jnp.arange(units)
-        quants = quants_ref[expert, own, pl.ds(step * units, units), :]
-        scales = read(scale_refs, expert, places, chunk[None])
-        product = minimum = jnp.zeros((bn, units), jnp.float32)
-        for level, (scale, least) in enumerate(scales):
-            # 16 bytes hold a half of each of `levels` groups.
-            group, half = chunk // 2 * levels + level, chunk % 2
-            w = (quants >> (bits * level)) & (0x01010101 * (2**bits - 1))
-            word = half[:, None] * 4 + jnp.arange(4)[None]
-            limbs = [
-                words_ref[row, limb, group[:, None], word][None]
-                for limb in range(words_ref.shape[1])
-            ]
-            parts = [jnp.sum(p, -1) * scale for p in dot(w, limbs, interpret)]
-            product += total(parts) * scale_ref[row, group][None]
-            minimum += least.astype(jnp.float32) * sums_ref[row, group, half][None]
-        block = chunk[None] // (chunks // blocks)
-        d = d_ref[expert, places, block].astype(jnp.float32)
-        dmin = dmin_ref[expert, places, block].astype(jnp.float32)
-        return so_far + (d * product - dmin * minimum)
-
-    zero = jnp.zeros((bn, units), jnp.float32)
-    sums = jax.lax.fori_loop(0, chunks // units, add, zero)
-    _store(out_ref, own, sums, copies)
-
-
-def _read_q2_k(refs, expert, places, chunk):
-    (ref,) = refs
-    packed = ref[expert, places, chunk].astype(jnp.int32)
-    return [
-        ((packed >> (8 * level)) & 15, (packed >> (8 * level + 4)) & 15)
-        for level in range(4)
-    ]
+    Returns:
+      R * U rows of F.
+    """
+    format = FORMATS[gate.format]
+    assert gate.format == up.format and x.order == format.order
+    n = gate.shape[1]
+    rows, each = expert_ids.shape
+    warps = warps or format.gated_warps
+    own = (width or rows) * each
+    operands = format.activations(x), format.planes(gate), format.planes(up)
+    found = pl.pallas_call(
+        functools.partial(
+            _gated_kernel,
+            multiply=format.multiply,
+            counts=[len(part) for part in operands],
+            height=warps,
+            each=each,
+            activation=activation,
+            dtype=dtype,
+            order=order,
+            interpret=interpret,
+        ),
+        grid=(own, n // GROUP),
+        out_shape=shapes(rows * each, n, dtype, order),
+        compiler_params=plgpu.CompilerParams(num_warps=warps),
+        interpret=interpret,
+        name=f"{gate.format.lower()}_gated_{own}x{n}x{gate.shape[-1]}",
+    )(expert_ids.reshape(-1), *(array for part in operands for array in part))
+    return FixedPoint(*found, order=order)
 
 
-def _read_q4_k(refs, expert, places, chunk):
-    at = lambda level: (expert, places, chunk // 2 * 2 + level)  # noqa: E731
-    return [
-        tuple(ref[at(level)].astype(jnp.int32) for ref in refs) for level in range(2)
-    ]
-
-
-def _arrange_iq2(x: FixedPoint, w: QuantTensor) -> list[Array]:
-    planes = w.planes
-    words = jnp.moveaxis(x.words, -1, -2)
-    tables = jnp.asarray(_MAGNITUDES)
-    return [words, x.scale, tables, planes["d"], planes["signs"], planes["grid"]]
-
-
-def _iq2_kernel(
+def _gated_kernel(
     ids_ref,  # [P]
-    words_ref,  # [R, limbs, 8, G]
-    scale_ref,  # [R, G]
-    tables_ref,  # [2, 256]: the first and the last four magnitudes of a grid row
-    d_ref,  # [E, N, B]
-    signs_ref,  # [E, N, G]
-    grid_ref,  # [E, N, G]
-    out_ref,  # [P, N]
-    *, bn, units, each, copies, interpret,
+    *refs,  # of the activations, of gate, of up; of the result
+    multiply, counts, height, each, activation, dtype, order, interpret,
 ):  # fmt: skip
-    pair = pl.program_id(0)
-    row, expert = pair // each, ids_ref[pair]
-    own = pl.ds(pl.program_id(1) * bn, bn)
-    groups = grid_ref.shape[2]
-    places = jnp.arange(bn)[:, None] + pl.program_id(1) * bn
-
-    def add(step, so_far):
-        columns = pl.ds(step * units, units)
-        grid = grid_ref[expert, own, columns]
-        signs = signs_ref[expert, own, columns]
-        sums = [jnp.zeros((bn, units), jnp.int32)] * (words_ref.shape[1] - 1)
-        for four in range(4):
-            index = ((grid >> (8 * four)) & 255).astype(jnp.int32)
-            negative = _signs((signs >> (7 * four)) & 127)
-            for half in range(2):
-                magnitude = tables_ref[half, index]
-                # A bit to each byte, as its lowest; then two's complement bytewise.
-                bit = ((negative >> (4 * half)) & 15) * 0x00204081 & 0x01010101
-                w = (magnitude ^ (bit * 255)) + bit
-                limbs = [
-                    words_ref[row, limb, 2 * four + half, columns][None]
-                    for limb in range(words_ref.shape[1])
-                ]
-                parts = dot(w, limbs, interpret)
-                sums = [a + b for a, b in zip(sums, parts, strict=True)]
-        scale = scale_ref[row, columns][None]
-        scale = (0.5 + (signs >> 28).astype(jnp.float32)) * 0.25 * scale
-        block = (step * units + jnp.arange(units)[None]) // (groups // d_ref.shape[2])
-        d = d_ref[expert, places, block].astype(jnp.float32)
-        return so_far + total(sums) * (d * scale)
-
-    zero = jnp.zeros((bn, units), jnp.float32)
-    sums = jax.lax.fori_loop(0, groups // units, add, zero)
-    _store(out_ref, own, sums, copies)
-
-
-def _signs(seven: Array) -> Array:
-    """Return eight signs of seven: the last makes the number of negatives even."""
-    parity = seven ^ (seven >> 4)
-    parity = parity ^ (parity >> 2)
-    return seven | ((parity ^ (parity >> 1)) & 1) << 7
-
-
-_KERNELS = {
-    "Q2_K": (
-        functools.partial(_k_kernel, bits=2, read=_read_q2_k),
-        _arrange_k("scales"),
-        (8, 32, 4),
-    ),
-    "Q4_K": (
-        functools.partial(_k_kernel, bits=4, read=_read_q4_k),
-        _arrange_k("scales", "mins"),
-        (8, 32, 4),
-    ),
-    "IQ2_XXS": (_iq2_kernel, _arrange_iq2, (16, 128, 8)),
-}
-
-FORMATS = tuple(_KERNELS)
-"""The ggml types that `matvec` multiplies."""
+    refs = iter(refs)
+    x, gate, up = ([next(refs) for _ in range(count)] for count in counts)
+    pair, group = pl.program_id(0), pl.program_id(1)
+    firsts = [group * GROUP + at for at in range(0, GROUP, height)]
+    tiles = [(w, first) for w in (gate, up) for first in firsts]
+    found = multiply(x, tiles, pair // each, ids_ref[pair], height, interpret)
+    gates, ups = found[: len(firsts)], found[len(firsts) :]
+    values = [activation(*both) for both in zip(gates, ups, strict=True)]
+    store(list(refs), values, pair, group, dtype, order)

@@ -10,7 +10,8 @@ of them can change a bit.
 from __future__ import annotations
 
 import functools
-from typing import no_type_check
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -31,72 +32,185 @@ bfloat16, of which nothing is lost down to a 64th of the largest.
 """
 
 
+class Order(NamedTuple):
+    """The order in which a format's kernel reads words, so that threads read runs.
+
+    Attributes:
+      levels: how many groups of weights share bytes; the first of each come first.
+      by_word: all groups' first words come first, then all second ones.
+    """
+
+    levels: int = 1
+    by_word: bool = False
+
+    def place(self, group: Any, groups: int) -> Any:
+        """Return where a group stands."""
+        levels = self.levels
+        return group % levels * (groups // levels) + group // levels
+
+
 @struct.dataclass
 @no_type_check
 class FixedPoint:
     """Rows of fixed-point numbers: `scale` times the limbs read as one number.
 
+    Groups are in the place that `order` gives them.
+
     Attributes:
-      words: uint32 [R, limbs, G, 8]: 32 bytes of each group, the highest limb first.
+      words: uint32 [R, limbs, G, 8], or [R, limbs, 8, G] `by_word`: 32 bytes of each
+        group, the highest limb first.
       scale: float32 [R, G].
       sums: float32 [R, G, 2]: of the values themselves, in each half of a group.
+      order: of the groups and words, static.
     """
 
-    words: UInt32[Array, "R limbs G 8"]
+    words: UInt32[Array, "R limbs _ _"]
     scale: Float[Array, "R G"]
     sums: Float[Array, "R G 2"]
+    order: Order = struct.field(pytree_node=False, default=Order())
 
 
-def fix(x: Float[Array, "R In"], dtype: str, *, interpret: bool = False) -> FixedPoint:
+def shapes(
+    rows: int, width: int, dtype: str, order: Order
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Return what the arrays of a `FixedPoint` are, for kernels that write one."""
+    groups = width // GROUP
+    words = (8, groups) if order.by_word else (groups, 8)
+    return (
+        jax.ShapeDtypeStruct((rows, LIMBS[dtype], *words), jnp.uint32),
+        jax.ShapeDtypeStruct((rows, groups), jnp.float32),
+        jax.ShapeDtypeStruct((rows, groups, 2), jnp.float32),
+    )
+
+
+def fix(
+    x: Float[Array, "R In"],
+    dtype: str,
+    order: Order = Order(),  # noqa: B008
+    *,
+    interpret: bool = False,
+) -> FixedPoint:
     """Return rows as fixed-point numbers, for products of operands of `dtype`.
 
     Args:
       x: the rows.
       dtype: one of LIMBS.
+      order: of the groups and words.
       interpret: without a GPU.
     """
-    rows, limbs, groups = len(x), LIMBS[dtype], x.shape[1] // GROUP
+    rows, groups = len(x), x.shape[1] // GROUP
     at_once = min(groups & -groups, 8)
-    shapes = (rows, limbs, groups, 8), (rows, groups), (rows, groups, 2)
-    types = jnp.uint32, jnp.float32, jnp.float32
     return FixedPoint(
         *pl.pallas_call(
-            functools.partial(_kernel, dtype=dtype, limbs=limbs, at_once=at_once),
+            functools.partial(_kernel, dtype=dtype, order=order, at_once=at_once),
             grid=(rows, groups // at_once),
-            out_shape=tuple(map(jax.ShapeDtypeStruct, shapes, types)),
+            out_shape=shapes(rows, x.shape[1], dtype, order),
             compiler_params=plgpu.CompilerParams(num_warps=1),
             interpret=interpret,
             name="fix",
-        )(x.reshape(rows, groups, 2, 4, 4))
+        )(x.reshape(rows, groups, 2, 4, 4)),
+        order=order,
     )
 
 
 def _kernel(
     x_ref,  # [R, G, 2, 4, 4]: halves of a group, their words, the bytes of a word
-    words_ref,  # [R, limbs, G, 8]
+    words_ref,  # [R, limbs, G, 8] or [R, limbs, 8, G]
     scale_ref,  # [R, G]
     sums_ref,  # [R, G, 2]
-    *, dtype, limbs, at_once,
+    *, dtype, order, at_once,
 ):  # fmt: skip
-    row, own = pl.program_id(0), pl.ds(pl.program_id(1) * at_once, at_once)
-    x = x_ref[row, own, :, :, :].astype(dtype).astype(jnp.float32)
-    largest = jnp.max(jnp.max(jnp.max(jnp.abs(x), -1), -1), -1)
+    row, first = pl.program_id(0), pl.program_id(1) * at_once
+    place = order.place(first + jnp.arange(at_once), x_ref.shape[1])
+    x = x_ref[row, pl.ds(first, at_once), :, :, :].astype(dtype).astype(jnp.float32)
+    power = power_above(jnp.max(jnp.max(jnp.max(jnp.abs(x), -1), -1), -1))
+    for limb, words in enumerate(cut(x, power[:, None, None, None], LIMBS[dtype])):
+        words, word = words.reshape(at_once, 8), jnp.arange(8)[None]
+        if order.by_word:
+            words_ref[row, limb, word, place[:, None]] = words
+        else:
+            words_ref[row, limb, place[:, None], word] = words
+    scale_ref[row, place] = power / unit(LIMBS[dtype])
+    half = jnp.arange(2)[None]
+    sums_ref[row, place[:, None], half] = jnp.sum(jnp.sum(x, -1), -1)
+
+
+def store(
+    refs: Sequence[Any],
+    parts: Sequence[Float[Array, "N"]],
+    row: Array,
+    group: Array,
+    dtype: str,
+    order: Order,
+):
+    """Write a group that a kernel has computed into its row.
+
+    Args:
+      refs: of the arrays of `shapes`.
+      parts: of the group's values, 4 or more each.
+      row: where.
+      group: which.
+      dtype: one of LIMBS.
+      order: of the groups and words.
+    """
+    words_ref, scale_ref, sums_ref = refs
+    place = order.place(group, scale_ref.shape[1])
+    parts = [part.astype(dtype).astype(jnp.float32) for part in parts]
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
+    power, limbs = power_above(largest), LIMBS[dtype]
+    scale_ref[row, place] = power / unit(limbs)
+    size = len(parts[0]) // 4
+    for number, part in enumerate(parts):
+        own = pl.ds(number * size, size)
+        for limb, words in enumerate(cut(part.reshape(size, 4), power, limbs)):
+            if order.by_word:
+                words_ref[row, limb, own, place] = words
+            else:
+                words_ref[row, limb, place, own] = words
+    of_half = [(jnp.arange(4 * size) + i * 4 * size) // 16 for i in range(len(parts))]
+    for half in range(2):
+        own = [jnp.where(of_half[i] == half, part, 0) for i, part in enumerate(parts)]
+        sums_ref[row, place, half] = functools.reduce(jnp.add, map(jnp.sum, own))
+
+
+def unit(limbs: int) -> float:
+    """Return how many units of the last limb are a group's power of two."""
+    return 2.0 ** (8 * limbs - 3)
+
+
+def power_above(largest: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the power of two of a group's scale.  Only within a kernel, as `cut`.
+
+    Args:
+      largest: magnitude of the group.
+    """
     exponent = jax.lax.bitcast_convert_type(largest, jnp.uint32) & 0x7F800000
     # A group of zeros, or of numbers so small that their scale would not be normal.
     power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
-    power = jnp.maximum(power, 2.0**-100)
-    unit = 2.0 ** (8 * limbs - 3)
-    scaled = x / power[:, None, None, None] * unit
+    return jnp.maximum(power, 2.0**-100)
+
+
+def cut(
+    x: Float[Array, "*words 4"], power: Float[Array, "..."], limbs: int
+) -> list[UInt32[Array, "*words"]]:
+    """Return values as words of each limb, the highest first.
+
+    Args:
+      x: rounded to the type that operands are to have.
+      power: of `power_above`, broadcast to `x`.
+      limbs: how many.
+    """
+    scaled = x / power * unit(limbs)
     # Rounded half up: the same everywhere.
     value = jnp.floor(scaled + 0.5).astype(jnp.int32)
-    place = 8 * jax.lax.broadcasted_iota(jnp.int32, value.shape, 3)
-    for limb in reversed(range(limbs)):
+    place = 8 * jax.lax.broadcasted_iota(jnp.int32, value.shape, value.ndim - 1)
+    found = []
+    for _ in range(limbs):
         low = ((value + 128) & 255) - 128
         value = (value - low) >> 8
-        words = jnp.sum((low & 255) << place, -1).reshape(at_once, 8)
-        words_ref[row, limb, own, :] = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    scale_ref[row, own] = power / unit
-    sums_ref[row, own, :] = jnp.sum(jnp.sum(x, -1), -1)
+        words = jnp.sum((low & 255) << place, -1)
+        found.append(jax.lax.bitcast_convert_type(words, jnp.uint32))
+    return found[::-1]
 
 
 def dot(
@@ -115,12 +229,12 @@ def dot(
     if interpret:
         parts = [_bytewise(w, limb) for limb in limbs]
         return [parts[0] * 256 + parts[1], *parts[2:]]
-    first = _assembly(
+    first = assembly(
         "{.reg .b32 t; dp4a.s32.s32 t, $1, $2, 0; shl.b32 t, t, 8;"
         " dp4a.s32.s32 $0, $1, $3, t;}",
         w, *limbs[:2],
     )  # fmt: skip
-    return [first, *(_assembly("dp4a.s32.s32 $0, $1, $2, 0;", w, x) for x in limbs[2:])]
+    return [first, *(assembly("dp4a.s32.s32 $0, $1, $2, 0;", w, x) for x in limbs[2:])]
 
 
 def add_dot(
@@ -133,9 +247,7 @@ def add_dot(
     if interpret:
         return [so_far + _bytewise(w, x) for so_far, x in zip(sums, limbs, strict=True)]
     code = "dp4a.s32.s32 $0, $1, $2, $3;"
-    return [
-        _assembly(code, w, x, so_far) for so_far, x in zip(sums, limbs, strict=True)
-    ]
+    return [assembly(code, w, x, so_far) for so_far, x in zip(sums, limbs, strict=True)]
 
 
 def total(parts: list[Int[Array, "..."]]) -> Float[Array, "..."]:
@@ -146,13 +258,51 @@ def total(parts: list[Int[Array, "..."]]) -> Float[Array, "..."]:
     return value
 
 
+def in_turn(
+    load: Callable[[Any], list[Any]],
+    product: Callable[[Any], Callable[..., Array]],
+    steps: int,
+    sums: list[Array],
+    *,
+    ahead: bool,
+) -> list[Array]:
+    """Return `sums` with the products of all steps added.  Only within a kernel.
+
+    What is read of all tiles is on its way before anything is computed of a step.
+
+    Args:
+      load: from a step to what is read of the weight's tiles.
+      product: from a step to the product of what is read of a tile.
+      steps: how many.
+      sums: of each tile.
+      ahead: whether it is on its way during the step before, which takes registers.
+    """
+
+    def add(step, sums, loaded):
+        of_tile = product(step)
+        return [s + of_tile(*tile) for s, tile in zip(sums, loaded, strict=True)]
+
+    if not ahead:
+        return jax.lax.fori_loop(0, steps, lambda i, s: add(i, s, load(i)), sums)
+
+    def turn(step, carry):
+        sums, loaded = carry
+        ahead = load(step + 1)
+        return add(step, sums, loaded), ahead
+
+    carry = sums, load(0)
+    if steps > 1:
+        carry = jax.lax.fori_loop(0, steps - 1, turn, carry)
+    return add(steps - 1, *carry)
+
+
 def _bytewise(w, x):
-    signed = lambda words, i: (words << (24 - 8 * i)).astype(jnp.int32) >> 24  # noqa: E731
-    first, *rest = (signed(w, i) * signed(x, i) for i in range(4))
-    return sum(rest, first)
+    w, x = (jax.lax.bitcast_convert_type(a, jnp.int8).astype(jnp.int32) for a in (w, x))
+    return jnp.sum(w * x, -1)
 
 
-def _assembly(code: str, *operands: Array) -> Array:
+def assembly(code: str, *operands: Array) -> Array:
+    """Return what PTX computes of each element, int32.  Only within a kernel."""
     full = jnp.broadcast_arrays(*operands)
     shape = jax.ShapeDtypeStruct(full[0].shape, jnp.int32)
     (result,) = plgpu.elementwise_inline_asm(

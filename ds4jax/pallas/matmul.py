@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,6 @@ from ds4jax.pallas import experts, f16, q8_0
 from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
-
-Implementation = Literal["xla", "pallas"]
 
 _EXPERTS_AT_ONCE = 16
 """Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
@@ -150,8 +147,6 @@ def expert_matmul(
     w: Weight,
     expert_ids: Int[Array, "N U"],
     dtype: str = "float32",
-    implementation: Implementation = "xla",
-    width: int | None = None,
 ) -> Float[Array, "N U Out"]:
     """Return `x[n, u] @ w[expert_ids[n, u]].T`, for `w [E, Out, In]`.
 
@@ -162,27 +157,49 @@ def expert_matmul(
       w: the experts.
       expert_ids: of each row.
       dtype: operand type.
-      implementation: "pallas" is the kernel of NVIDIA GPUs.
-      width: of "pallas": how many of the N rows, the first ones, are not copies.
-
-    Raises:
-      NotImplementedError: for "pallas", if `has_expert_kernel(w)` is false.
     """
-    if implementation == "pallas":
-        if not isinstance(w, QuantTensor) or not has_expert_kernel(w):
-            kind = w.format if isinstance(w, QuantTensor) else w.dtype
-            raise NotImplementedError(f"pallas: no kernel for experts of {kind}")
-        rows = fix(x.reshape(-1, x.shape[-1]), dtype)
-        return experts.matvec(rows, w, expert_ids, width)
     x = jnp.broadcast_to(x, (*expert_ids.shape, x.shape[-1]))
     tell(x, w, expert_ids)
     chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
     return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
 
 
-def has_expert_kernel(w: Weight) -> bool:
-    """Say whether `expert_matmul` has a kernel for this weight."""
-    return isinstance(w, QuantTensor) and w.format in experts.FORMATS
+def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
+    """Say whether `experts_by_kernel` is for these weights."""
+    formats = [w.format if isinstance(w, QuantTensor) else "" for w in (gate, up, down)]
+    return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
+
+
+def experts_by_kernel(
+    x: Float[Array, "N In"],
+    gate: QuantTensor,
+    up: QuantTensor,
+    down: QuantTensor,
+    expert_ids: Int[Array, "N U"],
+    activation: Callable[[Array, Array], Array],
+    dtype: str,
+    width: int,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "N U Out"]:
+    """Return `down activation(gate x, up x)` of the experts that rows chose, on a GPU.
+
+    Args:
+      x: rows.
+      gate, up, down: the experts, [E, F, In] twice and [E, Out, F], of which
+        `has_expert_kernels`.
+      expert_ids: of each row.
+      activation: elementwise.
+      dtype: operand type.
+      width: how many of the N rows, the first ones, are not copies.
+      interpret: without a GPU.
+    """
+    order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
+    hidden = experts.gated(
+        fix(x, dtype, order, interpret=interpret), gate, up, expert_ids, activation,
+        dtype, of_hidden, width, interpret=interpret,
+    )  # fmt: skip
+    return experts.matvec(hidden, down, expert_ids, width, interpret=interpret)
 
 
 def experts_in_groups(w: Weight, experts: int) -> tuple[Weight, int]:

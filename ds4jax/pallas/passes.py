@@ -176,10 +176,11 @@ def by_kernel(
     if not isinstance(decode_pass, DecodePass) or is_watched():
         return product(*rows)
 
-    kernel = functools.partial(cuda, decode_pass.width) if cuda else product
-    return jax.lax.platform_dependent(
-        *rows, cpu=cpu or product, cuda=kernel, default=product
-    )
+    special = {"cpu": cpu, "cuda": cuda and functools.partial(cuda, decode_pass.width)}
+    special = {platform: run for platform, run in special.items() if run}
+    if not special:
+        return product(*rows)
+    return jax.lax.platform_dependent(*rows, **special, default=product)
 
 
 def of_prefill(
