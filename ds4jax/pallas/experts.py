@@ -92,7 +92,7 @@ FORMATS = {
         iq2_xxs.multiply,
         warps=8,
         tiles=4,
-        gated_warps=4,
+        gated_warps=8,
     ),
 }
 """The ggml types that are multiplied here."""

@@ -108,7 +108,8 @@ def multiply(
         return of_tile
 
     zero = jnp.zeros((height, units), jnp.float32)
-    sums = in_turn(load, product, groups // units, [zero] * len(tiles), ahead=True)
+    # Ahead it is 0.7 us faster, and takes ten times as long to compile.
+    sums = in_turn(load, product, groups // units, [zero] * len(tiles), ahead=False)
     return [jnp.sum(so_far, -1) for so_far in sums]
 
 
