@@ -306,16 +306,17 @@ def test_attention(turns, dtype):
     seen = draw.random((2, ROWS, 64)) < 0.4
     seen[:, 1, 32:] = False
     seen[1, 2] = False
-    raw, compressed = normal(3, 64, 64), normal(4, 96, 64)
+    # The last of the first source's parts is half a part.
+    raw, compressed = normal(3, 48, 64), normal(4, 96, 64)
     index = jnp.asarray(draw.integers(48, size=(ROWS, 32)))
     # Only what nobody may see.
     raw = raw.at[7].set(jnp.nan)
     seen[0, :, 7] = False
     compressed = compressed.at[48:].set(jnp.nan)
     index = jnp.where(seen[1, :, :32], index, 50)
-    sources = [(raw, jnp.asarray(seen[0]), None)]
+    sources = [(raw, jnp.asarray(seen[0, :, :48]), None)]
     sources += [(compressed, jnp.asarray(seen[1, :, :32]), index)]
-    assert attention.serves(16, 64, 32, [64, 32])
+    assert attention.serves(16, 64, 32, [48, 32])
 
     def run(query, width):
         return attention.attend(

@@ -42,10 +42,9 @@ Turn = tuple[Float[Array, "T R"], Float[Array, "T R"]]
 
 def serves(heads: int, k: int, rope_dim: int, sizes: list[int]) -> bool:
     """Say whether `prepare` and `attend` are for this, and sources of S rows each."""
-    parts = [size / _PART for size in sizes]
-    whole = all(part.is_integer() for part in parts) and sum(parts) <= _MOST_PARTS
+    few = sum(pl.cdiv(size, _PART) for size in sizes) <= _MOST_PARTS
     powers = all(size & (size - 1) == 0 for size in (k, rope_dim))
-    return whole and heads % _HEADS == 0 and powers and k >= 16
+    return few and heads % _HEADS == 0 and powers and k >= 16
 
 
 def prepare(
@@ -157,7 +156,7 @@ def attend(
     width, (rows, heads, k) = width or len(query), query.shape
     ends = [0]
     for _, visible, _ in sources:
-        ends.append(ends[-1] + visible.shape[1] // _PART)
+        ends.append(ends[-1] + pl.cdiv(visible.shape[1], _PART))
     shape = ends[-1], width, heads
     call = functools.partial(pl.pallas_call, interpret=interpret)
     parts = call(
@@ -206,16 +205,15 @@ def _part_kernel(
 
         @pl.when((start <= part) & (part < end))
         def _add(start=start, rows=rows_ref, visible=visible_ref, index=index_ref):
-            own = pl.ds((part - start) * _PART, _PART)
-            seen = visible[row, own]
-            of = own if index is None else index[row, own][:, None]
+            place = (part - start) * _PART + jnp.arange(_PART)
+            own = jnp.minimum(place, visible.shape[1] - 1)
+            seen = visible[row, own] & (place < visible.shape[1])
+            of = (own if index is None else index[row, own])[:, None]
 
             def values(at):
-                channels = pl.ds(at, size)
-                if index is not None:
-                    channels = (at + jnp.arange(size))[None]
+                found = rows[of, (at + jnp.arange(size))[None]]
                 # Zero times what an unseen row holds may be no number.
-                return jnp.where(seen[:, None], rows[of, channels], 0).astype(dtype)
+                return jnp.where(seen[:, None], found, 0).astype(dtype)
 
             held = [values(at) for at in blocks]
             logits = jnp.zeros((_HEADS, _PART), jnp.float32)
