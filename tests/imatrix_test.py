@@ -73,6 +73,9 @@ def seen():
             note(names.get(id(self), "plain"), x)
             return linear(self, x)
 
+        def see_projections(x, *linears):
+            return tuple(see_linear(each, x) for each in linears)
+
         def see_grouped(x, *args):
             note(f"{next(projections)}attn_output_a.weight", x)
             return grouped(x, *args)
@@ -85,6 +88,7 @@ def seen():
         # Watched, for then each layer itself is called.
         with pytest.MonkeyPatch.context() as patch, watching(lambda *_: None):
             patch.setattr(Linear, "__call__", see_linear)
+            patch.setattr(attention, "project", see_projections)
             patch.setattr(attention, "grouped_matmul", see_grouped)
             patch.setattr(MoE, "__call__", see_mixture)
             out = modules.trunk(text[None])
