@@ -53,7 +53,8 @@ _ROWS = flags.DEFINE_list("rows", ["1", "2"], "Passes of so many rows.")
 GROUPS = {
     "q8_0": "q8_0", "iq2_xxs": "experts", "q2_k": "experts", "q4_k": "experts",
     "f16": "f16", "hc_": "hyper_connection", "attend": "attention",
-    "route": "experts", "compress": "compressor", "index": "indexer", "fix": "fixed_point",
+    "route": "experts", "compress": "compressor", "index": "indexer",
+    "fix": "fixed_point",
 }  # fmt: skip
 """Parts of a pass by how the names of their kernels begin; all else is XLA's."""
 

@@ -5,6 +5,7 @@
 
 import functools
 
+import hopper
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,8 +95,7 @@ def test_only_a_long_pass_over_a_cache_has_kernels_and_training_a_derivative():
 
     def lowered(function, kind) -> str:
         with within(kind):
-            traced = jax.jit(lambda x: function(x)).trace(x)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+            return hopper.lowered(lambda x: function(x), x)
 
     assert "expert_tiles" in lowered(total, Prefill())
     assert "expert_tiles" not in lowered(jax.grad(total), None)
