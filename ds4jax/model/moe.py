@@ -107,8 +107,8 @@ class MoE(nnx.Module):
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
         if few:
             return self._chosen(*rows).reshape(x.shape)
-        stacks = (w.get_value() for w in (self.gate, self.up, self.down))
-        served = self.config.dtype == "bfloat16" and expert_tiles.serves(*stacks)
+        is_bfloat16 = self.config.dtype == "bfloat16"
+        served = is_bfloat16 and expert_tiles.serves(*self._stacks())
         kernel = self._by_tiles if served else None
         return of_prefill(self._all, *rows, cuda=kernel).reshape(x.shape)
 
@@ -162,7 +162,7 @@ class MoE(nnx.Module):
     def _by_tiles(self, x, chosen, share):
         """Sort rows by expert, multiply each with its own, and sum in slot order."""
         limit = self.config.swiglu_limit
-        gate, up, down = (w.get_value() for w in (self.gate, self.up, self.down))
+        gate, up, down = self._stacks()
         tiles = expert_tiles.sort(chosen, self.config.experts)
         gate, up = (expert_tiles.product(x, w, tiles) for w in (gate, up))
         hidden = clamped_swiglu(gate, up, limit)
