@@ -21,7 +21,7 @@ FLAGS = {
 
 
 def set_flags():
-    """Add them to XLA_FLAGS, but for those set there; to be called before JAX starts."""
+    """Add those not set there to XLA_FLAGS; to be called before JAX starts."""
     given = os.environ.get("XLA_FLAGS", "")
     missing = (f"{name}={value}" for name, value in FLAGS.items() if name not in given)
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()

@@ -18,7 +18,7 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.attention import attend
 from ds4jax.model.cache import Rows, blank_invisible
 from ds4jax.model.compressor import Compressor
-from ds4jax.model.hyper import HyperConnection, HyperHead, sinkhorn
+from ds4jax.model.hyper import HyperConnection, HyperHead, Update, sinkhorn
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import RMSNorm, clamped_swiglu, rms, scope
 from ds4jax.model.moe import MoE
@@ -148,7 +148,7 @@ def test_merge_sums_over_the_first_index_of_mix():
     streams = jnp.array([10.0, 1.0]).reshape(1, 1, 2, 1)
     mix = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 1, 2, 2)
     output, post = jnp.full((1, 1, 1), 100.0), jnp.array([[[1.0, 2.0]]])
-    found = HyperConnection.merge(streams, output, post, mix)
+    found = Update(output, post, mix).merged(streams)
     same(found.reshape(2), [100 * 1 + 10 * 1 + 1 * 3, 100 * 2 + 10 * 2 + 1 * 4])
 
 
@@ -165,7 +165,7 @@ def test_maps_of_a_hyper_connection():
     streams = 3 * normal(5, 1, 3, 4, 64)
     gain = normal(6, 64)
     norm = RMSNorm(gain, HYPER.rms_eps)
-    x, post, mix = HyperConnection(HYPER, weights)(streams, norm)
+    x, streams, post, mix = HyperConnection(HYPER, weights)(streams, None, norm)
     weights = plain(weights)
     flat = np.asarray(streams, np.float64)
     maps = norm64(flat.reshape(1, 3, -1), HYPER.rms_eps) @ weights["fn.weight"].T

@@ -13,7 +13,7 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 
 from ds4jax import synthetic
 from ds4jax.model.attention import Source, attend
-from ds4jax.model.hyper import HyperConnection
+from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, clamped_swiglu, rms
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.pallas import attention, experts, f16, hyper_connection, q8_0, router
@@ -78,6 +78,20 @@ def test_fixed_point_is_as_near_as_it_says(order, dtype):
     same(sums[0, 0], 0)
     np.testing.assert_allclose(
         sums, exact.reshape(3, -1, 2, 16).sum(-1), rtol=1e-5, atol=1e-5
+    )
+
+
+@DTYPES
+def test_fixed_point_of_normed_rows(dtype):
+    x, norm = rows(3) * 5, RMSNorm(normal(0, IN), 0.01)
+    found = fix(x, dtype, norm=(norm.weight.get_value(), norm.eps), interpret=True)
+    value, sums = read(found)
+    exact = np.asarray(norm(x), np.float64).reshape(value.shape)
+    # A value just at the border of two bfloat16 may become either.
+    worst = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
+    assert np.all(abs(value - exact) <= worst * abs(exact).max(-1, keepdims=True))
+    np.testing.assert_allclose(
+        sums, value.reshape(*sums.shape, 16).sum(-1), atol=16 * WORST[dtype] * 8
     )
 
 
@@ -243,7 +257,8 @@ def test_gated_experts(name, order, dtype):
 
 
 @pytest.mark.parametrize("hidden", [128, 256])
-def test_hyper_connection(hidden):
+@pytest.mark.parametrize("merges", [False, True])
+def test_hyper_connection(hidden, merges):
     config = models.micro_config(hc_eps=0.01)
     weights = {"fn": normal(1, 24, 4 * hidden) / 8, "base": normal(2, 24)}
     weights["scale"] = normal(3, 3)
@@ -251,20 +266,29 @@ def test_hyper_connection(hidden):
     streams = normal(5, ROWS, 4, hidden)
     assert hyper_connection.serves(streams)
     named = {f"{name}.weight": w for name, w in weights.items()}
-    expected = HyperConnection(config, named)(streams[None], norm)
+    update = None
+    if merges:
+        sizes = [(hidden,), (4,), (4, 4)]
+        update = Update(*(normal(6 + i, ROWS, *s) for i, s in enumerate(sizes)))
+    alone = jax.tree.map(lambda a: a[None], (streams, update))
+    expected = HyperConnection(config, named)(*alone, norm)
 
-    def read(streams, width):
+    def read(rows, width):
         return hyper_connection.read(
-            streams, weights["fn"], weights["base"], weights["scale"],
+            *rows, weights["fn"], weights["base"], weights["scale"],
             norm.weight.get_value(), config, width, interpret=True,
         )  # fmt: skip
 
-    whole = read(streams, None)
+    whole = read((streams, update), None)
     for found, wanted in zip(whole, expected, strict=True):
         np.testing.assert_allclose(found, wanted[0], rtol=1e-5, atol=1e-5)
     for width in (1, 2, 5):
-        found = read(streams.at[width:].set(jnp.nan), width)
-        for of_some, of_all in zip(found, whole, strict=True):
+        blank = lambda a: a.at[width:].set(jnp.nan)  # noqa: B023, E731
+        x, merged, *found = read(jax.tree.map(blank, (streams, update)), width)
+        # Without an update the streams are what they were.
+        found += [x, merged] if merges else [x]
+        of_whole = [*whole[2:], *whole[:2]]
+        for of_some, of_all in zip(found, of_whole, strict=False):
             assert_copies(of_some, of_all, width)
 
 

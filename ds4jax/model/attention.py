@@ -25,7 +25,15 @@ from ds4jax.model.cache import (
 )
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import Linear, RMSNorm, Weights, project, rms, scope
+from ds4jax.model.layers import (
+    Linear,
+    RMSNorm,
+    Weights,
+    project,
+    project_normed,
+    rms,
+    scope,
+)
 from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
@@ -145,8 +153,8 @@ class Attention(nnx.Module):
         """
         c = self.config
         q_lora, row = project(x, self.q_a, self.kv)
-        q_lora = self.q_norm(q_lora)
-        query = self.q_b(q_lora).reshape(*x.shape[:2], c.heads, c.head_dim)
+        query = project_normed(q_lora, self.q_norm, self.q_b)
+        query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
         query, row = self._prepare(query, row, rows)
 
         view, raw = extend(cache and cache.raw, row, rows)
@@ -161,7 +169,7 @@ class Attention(nnx.Module):
             )
             if self.ratio == CSA_RATIO:
                 index, picked, indexer = self.indexer(
-                    x, q_lora, cache and cache.indexer, rows
+                    x, self.q_norm(q_lora), cache and cache.indexer, rows
                 )
                 chosen = jnp.where(picked, index, -1)
                 sources.append(_choose(compressed, index, picked, rows))

@@ -7,6 +7,7 @@ float32, whatever the operand type of the other products.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +55,30 @@ def _maps(
     return of_prefill(product, flat, cuda=kernel if served else None)
 
 
+class Update(NamedTuple):
+    """A block's output, which is still to be merged into the streams.
+
+    Attributes:
+      output: [B, T, D].
+      post: [B, T, M], weights of the output in each stream.
+      mix: [B, T, M, M], weights of the streams before.
+    """
+
+    output: Float[Array, "B T D"]
+    post: Float[Array, "B T M"]
+    mix: Float[Array, "B T M M"]
+
+    def merged(self, streams: Float[Array, "B T M D"]) -> Float[Array, "B T M D"]:
+        """Return `post_k output + sum_j mix[j, k] streams_j`: first index summed."""
+        carried = jnp.sum(self.mix[..., None] * streams[..., :, None, :], axis=-3)
+        return self.post[..., None] * self.output[..., None, :] + carried
+
+
 class HyperConnection(nnx.Module):
-    """Mixes the streams into a block's input, and its output back into the streams."""
+    """Merges what a block before left and mixes the streams into the next one's input.
+
+    The two are one step, for a GPU reads the streams once then.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights):
         self.fn = Linear(weights["fn.weight"])
@@ -64,12 +87,18 @@ class HyperConnection(nnx.Module):
         self.config = config
 
     def __call__(
-        self, streams: Float[Array, "B T M D"], norm: RMSNorm
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"], Float[Array, "B T M M"]]:
-        """Return the block's normed input, and the weights `post` and `mix` of `merge`.
+        self, streams: Float[Array, "B T M D"], update: Update | None, norm: RMSNorm
+    ) -> tuple[
+        Float[Array, "B T D"],
+        Float[Array, "B T M D"],
+        Float[Array, "B T M"],
+        Float[Array, "B T M M"],
+    ]:
+        """Return the block's normed input, the streams, and `post` and `mix` of it.
 
         Args:
           streams: the residual streams.
+          update: what is to be merged into them first, if anything.
           norm: the block's own.
         """
         weights = (
@@ -78,10 +107,11 @@ class HyperConnection(nnx.Module):
         kernel = functools.partial(_read_by_kernel, *weights, self.config)
         served = hyper_connection.serves(streams)
         read = functools.partial(self._read, norm=norm)
-        return by_kernel(read, streams, cuda=kernel if served else None)
+        return by_kernel(read, streams, update, cuda=kernel if served else None)
 
-    def _read(self, streams, norm):
+    def _read(self, streams, update, norm):
         c, m = self.config, self.config.hc_streams
+        streams = update.merged(streams) if update else streams
         base, scale = self.base.get_value(), self.scale.get_value()
         maps = _maps(self.fn, streams, c.rms_eps)
         pre = jax.nn.sigmoid(maps[..., :m] * scale[0] + base[:m]) + c.hc_eps
@@ -89,23 +119,14 @@ class HyperConnection(nnx.Module):
         logits = maps[..., 2 * m :] * scale[2] + base[2 * m :]
         logits = logits.reshape(*logits.shape[:-1], m, m)
         mix = sinkhorn(logits, c.sinkhorn_iters, c.hc_eps)
-        return norm(jnp.sum(pre[..., None] * streams, axis=-2)), post, mix
-
-    @staticmethod
-    def merge(
-        streams: Float[Array, "B T M D"],
-        output: Float[Array, "B T D"],
-        post: Float[Array, "B T M"],
-        mix: Float[Array, "B T M M"],
-    ) -> Float[Array, "B T M D"]:
-        """Return `post_k output + sum_j mix[j, k] streams_j`: first index summed."""
-        carried = jnp.sum(mix[..., None] * streams[..., :, None, :], axis=-3)
-        return post[..., None] * output[..., None, :] + carried
+        x = norm(jnp.sum(pre[..., None] * streams, axis=-2))
+        return x, streams, post, mix
 
 
-def _read_by_kernel(fn, base, scale, norm, config, width, streams):
-    results = hyper_connection.read(streams[0], fn, base, scale, norm, config, width)
-    return tuple(result[None] for result in results)
+def _read_by_kernel(fn, base, scale, norm, config, width, streams, update):
+    operands = jax.tree.map(lambda a: a[0], (streams, update))
+    found = hyper_connection.read(*operands, fn, base, scale, norm, config, width)
+    return tuple(result[None] for result in found)
 
 
 class HyperHead(nnx.Module):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.matmul import quant_matmuls
-from ds4jax.pallas.passes import Weight
+from ds4jax.pallas.matmul import normed_kernel, quant_matmuls
+from ds4jax.pallas.passes import Weight, by_kernel
 from ds4jax.quant import dequantize
 
 Weights = Mapping[str, Weight]
@@ -61,6 +61,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*rows N"]) -> Float[Array, "*rows N"]:
         """Return `rms(x)` times the weight, in float32."""
         return rms(x, self.eps) * self.weight.get_value()
+
+
+def project_normed(
+    x: Float[Array, "*rows In"], norm: RMSNorm, linear: Linear
+) -> Float[Array, "*rows Out"]:
+    """Return `linear(norm(x))`, on a GPU with the norm in the launch that it needs."""
+    weights = norm.weight.get_value(), linear.weight.get_value()
+    kernel = normed_kernel((weights[0], norm.eps), weights[1], linear.dtype)
+    return by_kernel(lambda x: linear(norm(x)), x, cuda=kernel)
 
 
 def clamped_swiglu(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from ds4jax.config import ModelConfig
 from ds4jax.model.cache import Cache
 from ds4jax.model.hyper import HyperHead
-from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project_normed, scope
 from ds4jax.model.trunk import (
     Layer,
     Trunk,
@@ -102,10 +102,13 @@ class MTPHead(nnx.Module):
         (tokens, streams), rows = fill_up((tokens, streams), cache, count)
         state = cache and cache.layers[0]
         with within(kind_of_pass(width, rows, cache)):
-            embedded = self.e_proj(self.enorm(trunk.embed(tokens)))
+            embedded = project_normed(trunk.embed(tokens), self.enorm, self.e_proj)
             streams = embedded[:, :, None] + self.h_proj(self.hnorm(streams))
-            streams, state, experts, _ = self.layer(streams, tokens, state, rows)
-            logits = trunk.output(self.norm(self.head(streams)))
+            streams, update, state, experts, _ = self.layer(
+                streams, None, tokens, state, rows
+            )
+            streams = update.merged(streams)
+            logits = project_normed(self.head(streams), self.norm, trunk.output)
         cache = None if state is None else Cache((state,), rows.end)
         results, cache = seal(((logits, streams, experts), cache), rows)
         logits, streams, experts = jax.tree.map(lambda x: x[:, :width], results)

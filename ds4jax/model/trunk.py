@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import Attention
 from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
-from ds4jax.model.hyper import HyperConnection, HyperHead
-from ds4jax.model.layers import Linear, RMSNorm, Weights, scope
+from ds4jax.model.hyper import HyperConnection, HyperHead, Update
+from ds4jax.model.layers import Linear, RMSNorm, Weights, project_normed, scope
 from ds4jax.model.moe import MoE
 from ds4jax.pallas.passes import (
     DecodePass,
@@ -79,24 +79,33 @@ class Layer(nnx.Module):
     def __call__(
         self,
         streams: Float[Array, "B T M D"],
+        update: Update | None,
         tokens: Int[Array, "B T"],
         cache: LayerCache | None,
         rows: Rows,
     ):
-        """Return (streams, cache, chosen experts, the indexer's choice or None)."""
-        args = streams, tokens, cache, rows
+        """Return (streams, update, cache, experts, the indexer's choice or None).
+
+        Args:
+          streams: the residual streams.
+          update: what is to be merged into them, of the layer before.
+          tokens: the rows' ids.
+          cache: the layer's state.
+          rows: where the rows belong.
+        """
+        args = streams, update, tokens, cache, rows
         if is_watched():
             return self.run(*args)
         return traced_once(_run_layer, *nnx.split(self), *args)
 
-    def run(self, streams, tokens, cache, rows):
+    def run(self, streams, update, tokens, cache, rows):
         """Do what a call does."""
-        x, post, mix = self.hc_attn(streams, self.attn_norm)
+        x, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
         y, cache, selected = self.attention(x, cache, rows)
-        streams = self.hc_attn.merge(streams, y, post, mix)
-        x, post, mix = self.hc_ffn(streams, self.ffn_norm)
+        update = Update(y, *weights)
+        x, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
         y, experts = self.moe(x, tokens)
-        return self.hc_ffn.merge(streams, y, post, mix), cache, experts, selected
+        return streams, Update(y, *weights), cache, experts, selected
 
 
 def _run_layer(definition, weights, *args):
@@ -215,17 +224,19 @@ class Trunk(nnx.Module):
         streams = jnp.repeat(
             self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2
         )
-        states, trace = [], Trace((streams,), (), ())
+        states, trace, update = [], Trace((streams,), (), ()), None
         for i, layer in enumerate(self.layers):
             state = cache and cache.layers[i]
-            streams, state, experts, selected = layer(streams, tokens, state, rows)
+            streams, update, state, experts, selected = layer(
+                streams, update, tokens, state, rows
+            )
             states.append(state)
             trace = Trace(
-                (*trace.streams, streams),
+                (*trace.streams, update.merged(streams)),
                 (*trace.experts, experts),
                 (*trace.selected, selected),
             )
-        logits = self.output(self.norm(self.head(streams)))
+        logits = project_normed(self.head(trace.streams[-1]), self.norm, self.output)
         if cache is not None:
             cache = Cache(tuple(states), rows.end)
         return logits, cache, trace

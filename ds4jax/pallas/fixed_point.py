@@ -87,6 +87,7 @@ def fix(
     x: Float[Array, "R In"],
     dtype: str,
     order: Order = Order(),  # noqa: B008
+    norm: tuple[Float[Array, "In"], float] | None = None,
     *,
     interpret: bool = False,
 ) -> FixedPoint:
@@ -96,33 +97,47 @@ def fix(
       x: the rows.
       dtype: one of LIMBS.
       order: of the groups and words.
+      norm: weight and epsilon of an RMS norm to take first.
       interpret: without a GPU.
     """
     rows, groups = len(x), x.shape[1] // GROUP
     at_once = min(groups & -groups, 8)
+    shape = groups, 2, 4, 4
+    norms, eps = [], None
+    if norm:
+        weight, eps = norm
+        norms = [weight.reshape(shape)]
     return FixedPoint(
         *pl.pallas_call(
-            functools.partial(_kernel, dtype=dtype, order=order, at_once=at_once),
+            functools.partial(
+                _kernel, dtype=dtype, order=order, at_once=at_once, eps=eps
+            ),
             grid=(rows, groups // at_once),
             out_shape=shapes(rows, x.shape[1], dtype, order),
             compiler_params=plgpu.CompilerParams(num_warps=1),
             interpret=interpret,
             name="fix",
-        )(x.reshape(rows, groups, 2, 4, 4)),
+        )(x.reshape(rows, *shape), *norms),
         order=order,
     )
 
 
 def _kernel(
     x_ref,  # [R, G, 2, 4, 4]: halves of a group, their words, the bytes of a word
-    words_ref,  # [R, limbs, G, 8] or [R, limbs, 8, G]
-    scale_ref,  # [R, G]
-    sums_ref,  # [R, G, 2]
-    *, dtype, order, at_once,
+    *refs,  # of a norm its weight [G, 2, 4, 4]; words [R, limbs, G, 8] or
+    # [R, limbs, 8, G], scale [R, G], sums [R, G, 2]
+    dtype, order, at_once, eps,
 ):  # fmt: skip
+    *norm_ref, words_ref, scale_ref, sums_ref = refs
     row, first = pl.program_id(0), pl.program_id(1) * at_once
+    own = pl.ds(first, at_once)
     place = order.place(first + jnp.arange(at_once), x_ref.shape[1])
-    x = x_ref[row, pl.ds(first, at_once), :, :, :].astype(dtype).astype(jnp.float32)
+    x = x_ref[row, own, :, :, :]
+    if norm_ref:
+        squares = jnp.square(x_ref[row, :, :, :, :])
+        mean = jnp.sum(squares.reshape(-1)) / squares.size
+        x = x / jnp.sqrt(mean + eps) * norm_ref[0][own, :, :, :]
+    x = x.astype(dtype).astype(jnp.float32)
     power = power_above(jnp.max(jnp.max(jnp.max(jnp.abs(x), -1), -1), -1))
     for limb, words in enumerate(cut(x, power[:, None, None, None], LIMBS[dtype])):
         words, word = words.reshape(at_once, 8), jnp.arange(8)[None]

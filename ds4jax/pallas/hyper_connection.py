@@ -1,7 +1,8 @@
-"""A hyper connection's reading of the streams, on NVIDIA GPUs, in two launches.
+"""A hyper connection's reading of the streams, on NVIDIA GPUs, in three launches.
 
 As XLA's own kernels it is nearly a hundred, most of them Sinkhorn's, each of a
-microsecond: more than a layer's weights take to read.
+microsecond: more than a layer's weights take to read.  Sinkhorn's launch is beside the
+block, which needs only its input.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _PARTS = 128
 """Into how many the sums over all streams are cut, whatever the number of rows."""
 
 
+Update = tuple[Float[Array, "R D"], Float[Array, "R M"], Float[Array, "R M M"]]
+"""As `model.hyper.Update`, of one sequence."""
+
+
 def serves(streams: Float[Array, "*rows M D"]) -> bool:
     """Say whether `read` is for streams of these sizes."""
     sizes = streams.shape[-2:]
@@ -28,6 +33,7 @@ def serves(streams: Float[Array, "*rows M D"]) -> bool:
 
 def read(
     streams: Float[Array, "R M D"],
+    update: Update | None,
     fn: Float[Array, "F MD"],
     base: Float[Array, "F"],
     scale: Float[Array, "3"],
@@ -36,11 +42,17 @@ def read(
     width: int | None = None,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "R D"], Float[Array, "R M"], Float[Array, "R M M"]]:
-    """Return what `HyperConnection` does, a block's normed input and its weights.
+) -> tuple[
+    Float[Array, "R D"],
+    Float[Array, "R M D"],
+    Float[Array, "R M"],
+    Float[Array, "R M M"],
+]:
+    """Return what `HyperConnection` does: a block's normed input, streams and weights.
 
     Args:
       streams: of some rows.
+      update: what is to be merged into them first.
       fn, base, scale: the connection's weights; F = 2 M + M^2.
       norm: weight of the block's RMS norm.
       config: for the counts and the epsilons.
@@ -48,52 +60,76 @@ def read(
       interpret: without a GPU.
     """
     rows, m, d = streams.shape
-    flat = streams.reshape(rows, m * d)
+    width = width or rows
     size = pl.next_power_of_2(len(fn))
     call = functools.partial(pl.pallas_call, interpret=interpret)
-    maps, squares = call(
-        functools.partial(_maps_kernel, size=size, width=width or rows),
+    own = jax.ShapeDtypeStruct(streams.shape, jnp.float32)
+    *merged, maps, squares = call(
+        functools.partial(_maps_kernel, size=size, width=width),
         grid=(_PARTS,),
         out_shape=(
+            *([own] if update else []),
             jax.ShapeDtypeStruct((_PARTS, rows, size), jnp.float32),
             jax.ShapeDtypeStruct((_PARTS, rows), jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_maps",
-    )(flat, fn)
-    return call(
-        functools.partial(_mix_kernel, c=config, width=width or rows),
-        grid=(rows, 2),
+    )(streams, fn.reshape(-1, m, d), *(update or ()))
+    (streams,) = merged or (streams,)
+    from_maps = functools.partial(
+        call, grid=(rows,), compiler_params=plgpu.CompilerParams(num_warps=8)
+    )
+    x = from_maps(
+        functools.partial(_input_kernel, c=config, width=width),
+        out_shape=jax.ShapeDtypeStruct((rows, d), jnp.float32),
+        name="hc_input",
+    )(streams, maps, squares, base, scale, norm)
+    post, mix = from_maps(
+        functools.partial(_weights_kernel, c=config, count=m * d, width=width),
         out_shape=(
-            jax.ShapeDtypeStruct((rows, d), jnp.float32),
             jax.ShapeDtypeStruct((rows, m), jnp.float32),
             jax.ShapeDtypeStruct((rows, m, m), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        name="hc_mix",
-    )(streams, maps, squares, base, scale, norm)
+        name="hc_weights",
+    )(maps, squares, base, scale)
+    return x, streams, post, mix
 
 
 def _maps_kernel(
-    x_ref,  # [R, M D]
-    fn_ref,  # [F, M D]
-    maps_ref,  # [_PARTS, R, size]
-    squares_ref,  # [_PARTS, R]
-    *, size, width,
+    streams_ref,  # [R, M, D]
+    fn_ref,  # [F, M, D]
+    *refs,  # of an update output [R, D], post [R, M], mix [R, M, M], and the merged
+    # streams [R, M, D]; then maps [_PARTS, R, size] and squares [_PARTS, R]
+    size, width,
 ):  # fmt: skip
-    part = pl.program_id(0)
-    size_of_part = x_ref.shape[1] // _PARTS
-    own = pl.ds(part * size_of_part, size_of_part)
-    columns = part * size_of_part + jnp.arange(size_of_part)[None]
-    places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None]
-    fn = fn_ref[places, columns].astype(jnp.float32)
-    for row in range(width):
-        x = x_ref[row, own]
-        maps_ref[part, row, :] = jnp.sum(fn * x[None], -1)
+    *refs, maps_ref, squares_ref = refs
+    part, (rows, m, d) = pl.program_id(0), streams_ref.shape
+    own = pl.ds(part * (d // _PARTS), d // _PARTS)
+    channels = part * (d // _PARTS) + jnp.arange(d // _PARTS)[None, None]
+    places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None, None]
+    fn = fn_ref[places, jnp.arange(m)[None, :, None], channels].astype(jnp.float32)
+    found = [_merged(streams_ref, refs, row, own) for row in range(width)]
+    for row, x in enumerate(found):
+        maps_ref[part, row, :] = jnp.sum(jnp.sum(fn * x[None], -1), -1)
         squares_ref[part, row] = jnp.sum(x * x)
+    if refs:
+        for row in range(rows):
+            refs[-1][row, :, own] = found[min(row, width - 1)]
 
 
-def _mix_kernel(
+def _merged(streams_ref, refs, row, own):
+    """Return some channels [M, _] of a row, merged as by `model.hyper.Update`."""
+    if not refs:
+        return streams_ref[row, :, own]
+    output_ref, post_ref, mix_ref, _ = refs
+    carried = sum(
+        mix_ref[row, stream, :][:, None] * streams_ref[row, stream, own][None]
+        for stream in range(streams_ref.shape[1])
+    )
+    return post_ref[row, :][:, None] * output_ref[row, own][None] + carried
+
+
+def _input_kernel(
     streams_ref,  # [R, M, D]
     maps_ref,  # [_PARTS, R, size]
     squares_ref,  # [_PARTS, R]
@@ -101,37 +137,48 @@ def _mix_kernel(
     scale_ref,  # [3]
     norm_ref,  # [D]
     out_ref,  # [R, D]
-    post_ref,  # [R, M]
-    mix_ref,  # [R, M, M]
     *, c, width,
 ):  # fmt: skip
     row = pl.program_id(0)
     read = jnp.minimum(row, width - 1)
     m, d = streams_ref.shape[1:]
-    mean = jnp.sum(squares_ref[:, read]) / (m * d)
+    maps = _maps(maps_ref, squares_ref, read, base_ref, scale_ref, c, m * d)
+    pre = jax.nn.sigmoid(maps(0, jnp.arange(m))) + c.hc_eps
+    x = jnp.sum(pre[:, None] * streams_ref[read, :, :], 0)
+    mean = jnp.sum(x * x) / d
+    out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm_ref[:]
+
+
+def _weights_kernel(
+    maps_ref,  # [_PARTS, R, size]
+    squares_ref,  # [_PARTS, R]
+    base_ref,  # [F]
+    scale_ref,  # [3]
+    post_ref,  # [R, M]
+    mix_ref,  # [R, M, M]
+    *, c, count, width,
+):  # fmt: skip
+    row = pl.program_id(0)
+    read = jnp.minimum(row, width - 1)
+    m = post_ref.shape[1]
+    maps = _maps(maps_ref, squares_ref, read, base_ref, scale_ref, c, count)
+    post_ref[row, :] = 2 * jax.nn.sigmoid(maps(1, m + jnp.arange(m)))
+    logits = maps(2, 2 * m + jnp.arange(m * m))
+    for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
+        mix_ref[row, place // m, place % m] = value
+
+
+def _maps(maps_ref, squares_ref, row, base_ref, scale_ref, c, count):
+    """Return a function to the maps at places [N] of the row, of the map `which`."""
+    mean = jnp.sum(squares_ref[:, row]) / count
     inverse = 1 / jnp.sqrt(mean + c.rms_eps)
 
     def maps(which, place):
-        parts = jnp.arange(_PARTS).reshape(_PARTS, *(1,) * place.ndim)
-        total = jnp.sum(maps_ref[parts, read, place[None]], 0) * inverse
+        parts = jnp.arange(_PARTS)[:, None]
+        total = jnp.sum(maps_ref[parts, row, place[None]], 0) * inverse
         return total * scale_ref[which] + base_ref[place]
 
-    # Two programs a row, side by side: Sinkhorn's loop takes longest.
-    @pl.when(pl.program_id(1) == 0)
-    def _weights():
-        each = jnp.arange(m)
-        post_ref[row, :] = 2 * jax.nn.sigmoid(maps(1, m + each))
-        logits = maps(2, 2 * m + jnp.arange(m * m))
-        for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
-            mix_ref[row, place // m, place % m] = value
-
-    @pl.when(pl.program_id(1) == 1)
-    def _input():
-        streams = streams_ref[read, :, :]
-        pre = jax.nn.sigmoid(maps(0, jnp.arange(m))) + c.hc_eps
-        x = jnp.sum(pre[:, None] * streams, 0)
-        mean = jnp.sum(x * x) / d
-        out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm_ref[:]
+    return maps
 
 
 def _sinkhorn(logits, m, iterations, eps):

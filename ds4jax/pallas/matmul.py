@@ -85,6 +85,25 @@ def quant_matmuls(
     return by_rows(product, x, cuda=_dense_kernel(weights, dtype))
 
 
+def normed_kernel(
+    norm: tuple[Float[Array, "In"], float], w: Weight, dtype: str
+) -> Callable[[int, Array], Array] | None:
+    """Return the kernel of `by_kernel` for a product of normed rows, if there is one.
+
+    Args:
+      norm: weight and epsilon of the RMS norm.
+      w: [Out, In].
+      dtype: operand type.
+    """
+    if not isinstance(w, QuantTensor) or w.format != "Q8_0":
+        return None
+
+    def kernel(width: int, x: Array) -> Array:
+        return q8_0.matvec(fix(x[0], dtype, norm=norm), w, width=width)[None, :, 0]
+
+    return kernel
+
+
 def _dense_kernel(
     weights: Sequence[Weight], dtype: str
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:

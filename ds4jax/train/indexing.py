@@ -52,7 +52,7 @@ def indexer_loss(layer: Layer, streams: Float[Array, "B T M D"]) -> Float[Array,
       layer: a CSA layer.
       streams: what went into it, of sequences from their start.
     """
-    x, _, _ = layer.hc_attn(jax.lax.stop_gradient(streams), layer.attn_norm)
+    x, *_ = layer.hc_attn(jax.lax.stop_gradient(streams), None, layer.attn_norm)
     x = jax.lax.stop_gradient(x)
     attention = layer.attention
     q_lora = jax.lax.stop_gradient(attention.q_norm(attention.q_a(x)))
