@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -41,6 +41,28 @@ def launches(call: Callable[[], object]) -> list[Launch]:
         for event in line.events
     ]
     return sorted(found, key=lambda launch: launch.start)
+
+
+def shares(found: Sequence[Launch]) -> list[float]:
+    """Return the microseconds of the time line that each launch takes.
+
+    A moment is split equally among the launches that run then, so that they add up to
+    the time in which anything runs.
+    """
+    events = []
+    for number, launch in enumerate(found):
+        events += [
+            (launch.start, False, number),
+            (launch.start + 1e3 * launch.us, True, number),
+        ]
+    taken = [0.0] * len(found)
+    running, before = set(), 0.0
+    for at, ends, number in sorted(events):
+        for other in running:
+            taken[other] += (at - before) / 1e3 / len(running)
+        (running.remove if ends else running.add)(number)
+        before = at
+    return taken
 
 
 def read_bandwidth() -> float:

@@ -5,9 +5,10 @@ as many tokens as --context says: times do not depend on what is in them, but fo
 experts two rows share, which random routing makes few.  Passes follow each other on the
 device.  A row is a program at a context: a decode pass of 1, 2 or 4 rows, or a draft of
 one token.  `share` is of the time in which its bytes can be read, `kernels` what it
-launches, and the `us_` columns are where its time goes.  r and d are two rows and a
-draft over one row: at acceptance a, continuous decoding makes (1 + a) / (r + d) tokens
-where plain decoding makes one.
+launches, and the `us_` columns are where its time goes: launches run beside each other,
+so each moment is split among those that run then, and the columns add up to the time in
+which anything does.  r and d are two rows and a draft over one row: at acceptance a,
+continuous decoding makes (1 + a) / (r + d) tokens where plain decoding makes one.
 
 A pass looks at all that a state has room for.  That is its context alone, and programs
 are compiled for each, unless --ctx_alloc gives room for all of them.
@@ -30,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from device_time import launches, read_bandwidth
+from device_time import launches, read_bandwidth, shares
 
 from ds4jax import synthetic, xla_flags
 from ds4jax.config import ModelConfig
@@ -68,9 +69,9 @@ def measure(run: Callable[[int], Any]) -> dict[str, Any]:
     once, thrice = (launches(lambda n=n: run(n)) for n in (1, 3))
     parts: collections.Counter[str] = collections.Counter()
     for sign, found in ((-1, once), (1, thrice)):
-        for launch in found:
+        for launch, us in zip(found, shares(found), strict=True):
             kind = next((g for s, g in GROUPS.items() if launch.name.startswith(s)), "")
-            parts[kind or "xla"] += sign * launch.us / 2
+            parts[kind or "xla"] += sign * us / 2
     columns = {f"us_{kind}": 0.0 for kind in (*GROUPS.values(), "xla")}
     return {
         "ms": statistics.median(times),

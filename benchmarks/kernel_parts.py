@@ -1,0 +1,324 @@
+"""The kernels of decode passes that are not products, as cases of `kernels.py`.
+
+A case is the function of the model that a kernel serves, with weights and a state as
+DeepSeek-V4-Flash has them.  What it is compared with is the same function when the
+kernel alone says that it does not serve.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from kernel_case import DTYPE, Case, choice, normal
+
+from ds4jax import schema, synthetic
+from ds4jax.config import CSA_RATIO, ModelConfig, QuantPlan
+from ds4jax.model import cache
+from ds4jax.model.attention import Attention, Source
+from ds4jax.model.cache import DECODE_ROWS, Rows
+from ds4jax.model.compressor import Compressor
+from ds4jax.model.hyper import HyperConnection
+from ds4jax.model.indexer import Indexer
+from ds4jax.model.layers import RMSNorm, scope
+from ds4jax.model.moe import MoE
+from ds4jax.pallas import attention, compressor, hyper_connection, indexer, router
+from ds4jax.pallas.fixed_point import LIMBS, cut, fix, power_above, unit
+from ds4jax.pallas.passes import DecodePass, Pass, within
+
+CONFIG = ModelConfig.flash(
+    layers=3, compress_ratios=(0, 4, 128), hash_layers=0, dtype=DTYPE
+)
+"""A layer of each kind, routed by what is in the rows."""
+
+DENSE, CSA, HCA = range(3)
+SHORT, LONG = 2048, 65536
+"""Tokens before the passes."""
+
+FLOAT = 4
+"""Bytes of a number in a state, and of one between kernels."""
+
+HEADS = CONFIG.heads * CONFIG.head_dim
+
+
+def weights(layer: int, *prefixes: str, plan: str = "ds4-q2") -> dict[str, Any]:
+    """Return the weights of a layer whose names begin so, without the layer's name."""
+    types, found = QuantPlan.named(plan).types, {}
+    for full_name, spec in schema.trunk(CONFIG).items():
+        _, is_of_layer, name = full_name.partition(f"blk.{layer}.")
+        if is_of_layer and name.startswith(prefixes):
+            found[name] = synthetic.tensor(CONFIG, name, spec, types[spec.group])
+    return found
+
+
+def padded(own: dict[str, Any]) -> dict[str, Any]:
+    """Return weights for a module that does nothing with those that are not there."""
+    return collections.defaultdict(lambda: jnp.zeros(()), own)
+
+
+def dense_attention(own: dict[str, Any]) -> Attention:
+    """Return the attention of a layer without a compressor."""
+    return Attention(CONFIG, 0, padded(own))
+
+
+def pair(
+    kernel: ModuleType, kind: Callable[[int], Pass], run: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return `run` of a case as its kernel does it, and as XLA does.
+
+    Args:
+      kernel: which serves `run`.
+      kind: of pass, given its width.
+      run: given the width and the operands.
+    """
+
+    def by_kernel(width, *operands):
+        with within(kind(width)):
+            return run(width, *operands)
+
+    def by_xla(*operands):
+        with mock.patch.object(kernel, "serves", return_value=False):
+            return by_kernel(1, *operands)
+
+    return by_kernel, by_xla
+
+
+def part(
+    kernel: ModuleType,
+    what: str,
+    draw: Callable[[], tuple[Any, ...]],
+    run: Callable[..., Any],
+    nbytes: Callable[..., float],
+    **more: Any,
+) -> Case:
+    """Return the case of a part of decode passes; `more` is as of `Case`."""
+    name = kernel.__name__.rpartition(".")[2]
+    both = pair(kernel, lambda width: DecodePass(width, jnp.int32(width)), run)
+    return Case(name, what, draw, *both, nbytes, **more)
+
+
+def decode_rows(start: jax.Array, width: int) -> Rows:
+    """Return the rows of a decode pass at `start`, [1]."""
+    offset = jnp.minimum(jnp.arange(DECODE_ROWS), width - 1)
+    count = jnp.full_like(start, width)
+    return Rows(start, count, start[:, None] + offset, is_decode=True)
+
+
+def place(start: int) -> jax.Array:
+    """Return where a pass begins, as a state has it."""
+    return jnp.full(1, start, jnp.int32)
+
+
+def fixed() -> list[Case]:
+    """Return the cases of `fix`, which takes all rows of a pass whatever its width."""
+
+    def xla(x):
+        x = x.astype(DTYPE).astype(jnp.float32).reshape(len(x), -1, 2, 4, 4)
+        power = power_above(jnp.max(jnp.abs(x), (2, 3, 4)))
+        words = cut(x, power[..., None, None, None], LIMBS[DTYPE])
+        sums = jnp.sum(x, (3, 4))
+        return jnp.stack(words, 1), power / unit(LIMBS[DTYPE]), sums
+
+    def case(what, vectors, size):
+        return Case(
+            "fixed_point",
+            what,
+            lambda: (normal(0, DECODE_ROWS * vectors, size),),
+            lambda width, x: fix(x, DTYPE),
+            xla,
+            lambda width, x: x.nbytes,
+            (DECODE_ROWS,),
+        )
+
+    return [
+        case("hidden rows", 1, CONFIG.hidden),
+        case("heads by groups", CONFIG.o_groups, HEADS // CONFIG.o_groups),
+    ]
+
+
+def streams_read() -> Case:
+    """Return the case of a hyper connection's reading."""
+
+    def draw():
+        shape = 1, DECODE_ROWS, CONFIG.hc_streams, CONFIG.hidden
+        return weights(DENSE, "hc_attn_", "attn_norm"), normal(0, *shape)
+
+    def run(width, own, streams):
+        norm = RMSNorm(own["attn_norm.weight"], CONFIG.rms_eps)
+        return HyperConnection(CONFIG, scope(own, "hc_attn_"))(streams, norm)
+
+    def nbytes(width, own, streams):
+        of_weights = sum(w.nbytes for w in own.values())
+        return of_weights + streams.nbytes // DECODE_ROWS * width
+
+    case = part(hyper_connection, "read", draw, run, nbytes)
+    # In a decode pass another kernel would multiply by the map, which is in both.
+    return dataclasses.replace(case, xla=functools.partial(run, 1))
+
+
+def prepared() -> Case:
+    """Return the case of queries and rows normed and rotated."""
+
+    def draw():
+        query = normal(0, 1, DECODE_ROWS, CONFIG.heads, CONFIG.head_dim)
+        row = normal(1, 1, DECODE_ROWS, CONFIG.head_dim)
+        return weights(DENSE, "attn_kv_a_norm"), query, row, place(SHORT)
+
+    def run(width, own, query, row, start):
+        return dense_attention(own)._prepare(query, row, decode_rows(start, width))
+
+    def nbytes(width, own, query, row, start):
+        return (query.nbytes + row.nbytes) // DECODE_ROWS * width
+
+    return part(attention, "prepare", draw, run, nbytes)
+
+
+def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Case:
+    """Return the case of attention over a window and compressed rows.
+
+    Args:
+      what: it is.
+      context: tokens before.
+      compressed: how many rows there are.
+      used: how many of these each query chose, 0 for all.
+    """
+    window, k = CONFIG.window, CONFIG.head_dim
+
+    def draw():
+        ring = window + cache.DEFAULT_SLACK
+        visible = jnp.broadcast_to(jnp.arange(ring) < window, (1, DECODE_ROWS, ring))
+        sources = [Source(normal(1, 1, ring, k), visible)]
+        if compressed:
+            index = choice(2, DECODE_ROWS, compressed, used) if used else None
+            visible = jnp.ones((1, DECODE_ROWS, used or compressed), bool)
+            sources.append(Source(normal(3, 1, compressed, k), visible, index))
+        query = normal(0, 1, DECODE_ROWS, CONFIG.heads, k)
+        return weights(DENSE, "attn_sinks"), query, sources, place(context)
+
+    def run(width, own, query, sources, start):
+        positions = decode_rows(start, width).positions
+        return dense_attention(own)._attend(query, sources, positions)
+
+    def nbytes(width, *operands):
+        rows = window + (min(width * used, compressed) if used else compressed)
+        return (rows * k + width * HEADS) * FLOAT
+
+    return part(attention, what, draw, run, nbytes)
+
+
+def routed() -> Case:
+    """Return the case of the choice of experts, of logits."""
+
+    def draw():
+        own = weights(DENSE, "ffn_gate_inp", "exp_probs_b")
+        return own, normal(0, 1, DECODE_ROWS, CONFIG.hidden)
+
+    def run(width, own, x):
+        tokens = jnp.zeros((1, DECODE_ROWS), jnp.int32)
+        return MoE(CONFIG, False, padded(own)).route(x, tokens)
+
+    def nbytes(width, own, x):
+        return (1 + width) * CONFIG.experts * FLOAT
+
+    return part(router, "route", draw, run, nbytes, others=("f16",))
+
+
+def state(layer: int, context: int, name: str) -> cache.CompressorCache:
+    """Return the random state of a layer's `compressor` or `indexer`."""
+    make = lambda: cache.empty(CONFIG, context)  # noqa: E731
+    empty = getattr(jax.eval_shape(make).layers[layer], name)
+    return jax.tree.map(lambda array: normal(7, *array.shape), empty)
+
+
+def compressed(what: str, layer: int, name: str, start: int) -> Case:
+    """Return the case of a compressor, behind its projections.
+
+    Args:
+      what: it is.
+      layer: whose it is.
+      name: `compressor` or `indexer`.
+      start: where the pass begins, which ends a window in passes of any width or none.
+    """
+    ratio = CONFIG.compress_ratios[layer]
+    size = CONFIG.head_dim if name == "compressor" else CONFIG.index_dim
+    prefix = "attn_compressor_" if name == "compressor" else "indexer_compressor_"
+    halves = 2 if ratio == CSA_RATIO else 1
+    ends = (start + 1) % ratio == 0
+
+    def draw():
+        x = normal(0, 1, DECODE_ROWS, CONFIG.hidden, dtype=DTYPE)
+        own = scope(weights(layer, prefix), prefix)
+        return own, x, state(layer, SHORT, name), place(start)
+
+    def run(width, own, x, before, start):
+        of_layer = Compressor(CONFIG, ratio, size, own)
+        rows = decode_rows(start, width)
+        return of_layer(x, before, rows, lambda row: row)[1]
+
+    def nbytes(width, *operands):
+        # A value and a gate of each position, its half of the channels if there are
+        # two; the pass's own ones of all channels.
+        pooled = halves * ratio * size if ends else 0
+        return 2 * (width * halves * size + pooled) * FLOAT
+
+    what = f"{what}, {'a window ends' if ends else 'none ends'}"
+    return part(
+        compressor, what, draw, run, nbytes, others=("f16",), donated=(2,)
+    )  # fmt: skip
+
+
+def picked(context: int) -> Case:
+    """Return the case of an indexer's scores and choice, behind what it is made of."""
+    c = CONFIG
+
+    def draw():
+        x, q_lora = (
+            normal(i, 1, DECODE_ROWS, size, dtype=DTYPE)
+            for i, size in enumerate((c.hidden, c.q_lora))
+        )
+        before = state(CSA, context, "indexer")
+        return weights(CSA, "indexer"), x, q_lora, before, place(context)
+
+    def run(width, own, x, q_lora, before, start):
+        rows = decode_rows(start, width)
+        return Indexer(c, own)(x, q_lora, before, rows)
+
+    def nbytes(width, own, x, q_lora, before, start):
+        # Of keys that are all chosen there is nothing to be known.
+        keys = before.rows.nbytes if before.rows.shape[1] > c.index_topk else 0
+        return keys + width * c.index_heads * (c.index_dim + 1) * FLOAT
+
+    return part(
+        indexer, f"scores and choice at {context:,}", draw, run, nbytes,
+        others=("f16", "compress"), donated=(3,),
+    )  # fmt: skip
+
+
+CASES = [
+    *fixed(),
+    streams_read(),
+    prepared(),
+    attended("attend, dense", SHORT),
+    attended(f"attend, CSA at {LONG:,}", LONG, LONG // 4, CONFIG.index_topk),
+    attended(f"attend, HCA at {SHORT:,}", SHORT, SHORT // 128),
+    attended(f"attend, HCA at {LONG:,}", LONG, LONG // 128),
+    routed(),
+    *(
+        compressed(f"{what} {ratio}x{size}", layer, name, start)
+        for what, ratio, size, layer, name in (
+            ("CSA", 4, 512, CSA, "compressor"),
+            ("indexer", 4, 128, CSA, "indexer"),
+            ("HCA", 128, 512, HCA, "compressor"),
+        )
+        for start in (SHORT - 128, SHORT - 1)
+    ),
+    picked(SHORT),
+    picked(LONG),
+]

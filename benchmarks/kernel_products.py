@@ -1,0 +1,187 @@
+"""The products that decode passes of DeepSeek-V4-Flash make, as cases of `kernels.py`.
+
+A case is what one launch multiplies, a weight or several of the same input: dense ones,
+and those of experts, six for each row and all different.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_case import DTYPE, Case, normal
+
+from ds4jax import synthetic
+from ds4jax.model.cache import DECODE_ROWS
+from ds4jax.model.layers import clamped_swiglu
+from ds4jax.pallas import experts
+from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas.matmul import (
+    expert_matmul,
+    grouped_matmul,
+    quant_matmul,
+    quant_matmuls,
+)
+from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.quant import dequantize
+
+WIDTHS = (1, 2, 4)
+HIDDEN, FFN, EXPERTS, USED = 4096, 2048, 64, 6
+COMPARED = 1024
+"""Rows of a weight, of whose products the error is computed."""
+
+ACTIVATION = functools.partial(clamped_swiglu, limit=10.0)
+
+
+def random_weight(seed: int, format: str, shape: tuple[int, ...]) -> Any:
+    """Return a weight of a format, values of size 1 / sqrt(in) or so."""
+    if format == "F16":
+        return (normal(seed, *shape) / 64).astype(jnp.float16)
+    return synthetic.blocks(jax.random.key(seed), format, shape)
+
+
+def dense(format: str, what: str, outs: list[int], k: int, groups: int = 1) -> Case:
+    """Return the case of weights of so many rows each and k columns, by groups."""
+
+    def draw():
+        x = normal(0, 1, DECODE_ROWS, groups, k, dtype=DTYPE)
+        return x, [random_weight(i, format, (n, k)) for i, n in enumerate(outs, 1)]
+
+    def product(x, weights):
+        if groups > 1:
+            return grouped_matmul(x, weights[0], DTYPE)
+        return quant_matmuls(x[:, :, 0], weights, DTYPE)
+
+    def run(width, x, weights):
+        with within(DecodePass(width, jnp.int32(width))):
+            return product(x, weights)
+
+    def nbytes(width, x, weights):
+        return x.nbytes // DECODE_ROWS * width + sum(w.nbytes for w in weights)
+
+    def exact(x, weights):
+        most = min(outs[0] // groups, COMPARED)
+        part = jax.tree.map(lambda plane: plane[:most], weights[0])
+        return np.asarray(x[0, :, 0], np.float64) @ np.asarray(dequantize(part)).T
+
+    return Case(
+        "f16" if format == "F16" else "q8_0", what, draw, run, product, nbytes,
+        WIDTHS, ("fix",), exact=exact,
+        shape=_shape(format, "+".join(map(str, outs)), k, groups),
+    )  # fmt: skip
+
+
+def gated(format: str, what: str, of_down: str, count: int = EXPERTS) -> Case:
+    """Return the case of `experts.gated`, of routed experts or of one that is shared.
+
+    Args:
+      format: of gate and up.
+      what: they are.
+      of_down: format of the weight that the result is multiplied by.
+      count: how many experts there are.
+    """
+
+    def draw():
+        x = normal(0, DECODE_ROWS, HIDDEN, dtype=DTYPE)
+        weights = (random_weight(i, format, (count, FFN, HIDDEN)) for i in (1, 2))
+        return x, *weights, chosen(count)
+
+    def run(width, x, gate, up, ids):
+        order, of_hidden = (experts.FORMATS[f].order for f in (format, of_down))
+        x = fix(x, DTYPE, order)
+        return experts.gated(x, gate, up, ids, ACTIVATION, DTYPE, of_hidden, width)
+
+    def xla(x, gate, up, ids):
+        x = x[:, None]
+        return ACTIVATION(multiplied(x, gate, ids), multiplied(x, up, ids))
+
+    def nbytes(width, x, gate, up, ids):
+        return x.nbytes // DECODE_ROWS * width + read((gate, up), width, ids)
+
+    return Case(
+        "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
+        shape=_shape(format, f"{FFN}+{FFN}", HIDDEN, 1),
+    )  # fmt: skip
+
+
+def down(format: str, what: str, count: int = EXPERTS) -> Case:
+    """Return the case of `experts.matvec`, as `gated`."""
+
+    def draw():
+        ids = chosen(count)
+        x = normal(0, *ids.shape, FFN, dtype=DTYPE)
+        return x, random_weight(1, format, (count, HIDDEN, FFN)), ids
+
+    def run(width, x, w, ids):
+        x = fix(x.reshape(-1, FFN), DTYPE, experts.FORMATS[format].order)
+        return experts.matvec(x, w, ids, width)
+
+    def nbytes(width, x, w, ids):
+        return x.nbytes // DECODE_ROWS * width + read([w], width, ids)
+
+    def exact(x, w, ids):
+        part = jax.tree.map(lambda plane: plane[ids, :COMPARED], w)
+        w = np.asarray(dequantize(part), np.float64)
+        return (w @ np.asarray(x, np.float64)[..., None])[..., 0]
+
+    return Case(
+        "experts", what, draw, run, multiplied, nbytes, WIDTHS, ("fix",), exact=exact,
+        shape=_shape(format, str(HIDDEN), FFN, 1),
+    )  # fmt: skip
+
+
+def chosen(count: int) -> jax.Array:
+    """Return the experts of rows, [R, U]; those of WIDTHS choose different ones."""
+    if count == 1:
+        return jnp.zeros((DECODE_ROWS, 1), jnp.int32)
+    most = WIDTHS[-1]
+    ids = jax.random.permutation(jax.random.key(9), count)[: most * USED]
+    padding = (0, DECODE_ROWS - most), (0, 0)
+    return jnp.pad(ids.reshape(most, USED).astype(jnp.int32), padding, "edge")
+
+
+def multiplied(x: Any, w: Any, ids: jax.Array) -> jax.Array:
+    """Return as XLA does the products of rows with their experts, or with the only one.
+
+    Args:
+      x: [R, U, In] or [R, 1, In].
+      w: [E, Out, In].
+      ids: [R, U].
+    """
+    if w.shape[0] == 1:
+        return quant_matmul(x, jax.tree.map(lambda plane: plane[0], w), DTYPE)
+    return expert_matmul(x, w, ids, DTYPE)
+
+
+def read(weights: Any, width: int, ids: jax.Array) -> float:
+    """Return the bytes of the experts that the first rows chose."""
+    count = len(np.unique(ids[:width]))
+    return sum(w.nbytes // w.shape[0] * count for w in weights)
+
+
+def _shape(format: str, out: str, into: int, groups: int) -> dict[str, Any]:
+    return dict(format=format, out=out, into=into, groups=groups)
+
+
+CASES = [
+    dense("Q8_0", "LM head", [129280], 4096),
+    dense("Q8_0", "attn_q_b", [32768], 1024),
+    dense("Q8_0", "attn_output_a", [8192], 4096, 8),
+    dense("Q8_0", "attn_output_b", [4096], 8192),
+    dense("Q8_0", "attn_q_a, attn_kv", [1024, 512], 4096),
+    dense("F16", "indexer query", [8192], 1024),
+    dense("F16", "CSA compressor", [1024, 1024], 4096),
+    dense("F16", "HCA compressor", [512, 512], 4096),
+    dense("F16", "indexer compressor", [256, 256], 4096),
+    dense("F16", "indexer heads", [64], 4096),
+    dense("F16", "router", [256], 4096),
+    gated("Q8_0", "shared gate, up", "Q8_0", 1),
+    down("Q8_0", "shared down", 1),
+    gated("IQ2_XXS", "expert gate, up", "Q2_K"),
+    down("Q2_K", "expert down"),
+    gated("Q4_K", "expert gate, up", "Q4_K"),
+    down("Q4_K", "expert down"),
+]
