@@ -25,7 +25,7 @@ from ds4jax.model import cache
 from ds4jax.model.attention import Attention, Source
 from ds4jax.model.cache import DECODE_ROWS, Rows
 from ds4jax.model.compressor import Compressor
-from ds4jax.model.hyper import HyperConnection
+from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
@@ -147,16 +147,21 @@ def streams_read() -> Case:
     """Return the case of a hyper connection's reading."""
 
     def draw():
-        shape = 1, DECODE_ROWS, CONFIG.hc_streams, CONFIG.hidden
-        return weights(DENSE, "hc_attn_", "attn_norm"), normal(0, *shape)
+        m, d = CONFIG.hc_streams, CONFIG.hidden
+        sizes = [(m, d), (d,), (m,), (m, m)]
+        drawn = [normal(i, 1, DECODE_ROWS, *size) for i, size in enumerate(sizes)]
+        own = weights(DENSE, "hc_attn_", "attn_norm")
+        return own, drawn[0], Update(*drawn[1:])
 
-    def run(width, own, streams):
+    def run(width, own, streams, update):
         norm = RMSNorm(own["attn_norm.weight"], CONFIG.rms_eps)
-        return HyperConnection(CONFIG, scope(own, "hc_attn_"))(streams, norm)
+        connection = HyperConnection(CONFIG, scope(own, "hc_attn_"))
+        return connection(streams, update, norm)
 
-    def nbytes(width, own, streams):
+    def nbytes(width, own, streams, update):
         of_weights = sum(w.nbytes for w in own.values())
-        return of_weights + streams.nbytes // DECODE_ROWS * width
+        of_rows = sum(a.nbytes for a in (streams, *update))
+        return of_weights + of_rows // DECODE_ROWS * width
 
     case = part(hyper_connection, "read", draw, run, nbytes)
     # In a decode pass another kernel would multiply by the map, which is in both.

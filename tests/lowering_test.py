@@ -4,8 +4,10 @@ No device is needed to lower.  TPUs and the plug-ins of Apple's GPUs do not have
 types, so neither float64, float8 nor 4-bit integers may occur in what is computed.
 """
 
+import dataclasses
 import functools
 
+import hopper
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -14,9 +16,12 @@ import numpy as np
 import pytest
 from pallas_matmul_test import EXPERTS, IN, TYPES, weight
 
+from ds4jax import synthetic
+from ds4jax.config import ModelConfig
 from ds4jax.decode import carry as carries
 from ds4jax.decode import cycles
 from ds4jax.decode.modes import CONTINUOUS
+from ds4jax.model import deepseek
 from ds4jax.pallas.matmul import (
     every_expert_matmul,
     expert_matmul,
@@ -113,3 +118,25 @@ def test_a_planted_type_is_found_wherever_it_is(planted, place):
     }[place]
     with jax.enable_x64():
         assert unportable(function, np.ones(3, np.float32)) == [planted]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_of_flash_lower_with_their_kernels(dtype):
+    """What is only known once a kernel is compiled for a GPU: types, above all.
+
+    Seen red with a word of weights of the wrong type in a kernel's annotation.
+    """
+    config = synthetic.shorten(ModelConfig.flash(), 4)
+    config = dataclasses.replace(config, dtype=dtype)
+
+    def run(tokens):
+        model = deepseek.synthetic_model(config, "ds4-q2", mtp=True)
+        carry = carries.create(config, 1024, mtp=True)
+        modules = model.modules()
+        out = modules.trunk(tokens, carry.cache)
+        drafted = modules.mtp(modules.trunk, tokens, out.streams, carry.mtp_cache)
+        return out.logits, drafted.logits
+
+    text = hopper.lowered(run, jnp.zeros((1, 2), jnp.int32))
+    for name in ("q8_0_2x129280", "iq2_xxs_gated_12", "q2_k_12", "q4_k_gated_12"):
+        assert name in text

@@ -76,20 +76,21 @@ def read(
         name="hc_maps",
     )(streams, fn.reshape(-1, m, d), *(update or ()))
     (streams,) = merged or (streams,)
-    from_maps = functools.partial(
-        call, grid=(rows,), compiler_params=plgpu.CompilerParams(num_warps=8)
-    )
-    x = from_maps(
+    x = call(
         functools.partial(_input_kernel, c=config, width=width),
+        grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows, d), jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=8),
         name="hc_input",
     )(streams, maps, squares, base, scale, norm)
-    post, mix = from_maps(
+    post, mix = call(
         functools.partial(_weights_kernel, c=config, count=m * d, width=width),
+        grid=(rows,),
         out_shape=(
             jax.ShapeDtypeStruct((rows, m), jnp.float32),
             jax.ShapeDtypeStruct((rows, m, m), jnp.float32),
         ),
+        compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_weights",
     )(maps, squares, base, scale)
     return x, streams, post, mix
@@ -104,29 +105,35 @@ def _maps_kernel(
 ):  # fmt: skip
     *refs, maps_ref, squares_ref = refs
     part, (rows, m, d) = pl.program_id(0), streams_ref.shape
-    own = pl.ds(part * (d // _PARTS), d // _PARTS)
-    channels = part * (d // _PARTS) + jnp.arange(d // _PARTS)[None, None]
-    places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None, None]
-    fn = fn_ref[places, jnp.arange(m)[None, :, None], channels].astype(jnp.float32)
+    size_of_part = d // _PARTS
+    own = pl.ds(part * size_of_part, size_of_part)
+    channels = part * size_of_part + jnp.arange(size_of_part)[None]
+    places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None]
+    # A stream at a time: their sums are within a thread.
+    fn = [fn_ref[places, stream, channels].astype(jnp.float32) for stream in range(m)]
     found = [_merged(streams_ref, refs, row, own) for row in range(width)]
-    for row, x in enumerate(found):
-        maps_ref[part, row, :] = jnp.sum(jnp.sum(fn * x[None], -1), -1)
-        squares_ref[part, row] = jnp.sum(x * x)
+    for row, streams in enumerate(found):
+        each = zip(fn, streams, strict=True)
+        maps_ref[part, row, :] = jnp.sum(sum(f * x[None] for f, x in each), -1)
+        squares_ref[part, row] = jnp.sum(sum(x * x for x in streams))
     if refs:
         for row in range(rows):
-            refs[-1][row, :, own] = found[min(row, width - 1)]
+            for stream, x in enumerate(found[min(row, width - 1)]):
+                refs[-1][row, stream, own] = x
 
 
 def _merged(streams_ref, refs, row, own):
-    """Return some channels [M, _] of a row, merged as by `model.hyper.Update`."""
+    """Return some channels of each of a row's streams, as of `model.hyper.Update`."""
+    streams = [streams_ref[row, at, own] for at in range(streams_ref.shape[1])]
     if not refs:
-        return streams_ref[row, :, own]
+        return streams
     output_ref, post_ref, mix_ref, _ = refs
-    carried = sum(
-        mix_ref[row, stream, :][:, None] * streams_ref[row, stream, own][None]
-        for stream in range(streams_ref.shape[1])
-    )
-    return post_ref[row, :][:, None] * output_ref[row, own][None] + carried
+    output = output_ref[row, own]
+    return [
+        post_ref[row, to] * output
+        + sum(mix_ref[row, at, to] * x for at, x in enumerate(streams))
+        for to in range(len(streams))
+    ]
 
 
 def _input_kernel(
@@ -142,11 +149,14 @@ def _input_kernel(
     row = pl.program_id(0)
     read = jnp.minimum(row, width - 1)
     m, d = streams_ref.shape[1:]
+    # On their way while the maps are added up.
+    streams, norm = [streams_ref[read, at, :] for at in range(m)], norm_ref[:]
     maps = _maps(maps_ref, squares_ref, read, base_ref, scale_ref, c, m * d)
     pre = jax.nn.sigmoid(maps(0, jnp.arange(m))) + c.hc_eps
-    x = jnp.sum(pre[:, None] * streams_ref[read, :, :], 0)
+    weights = [jnp.sum(jnp.where(jnp.arange(m) == at, pre, 0)) for at in range(m)]
+    x = sum(weight * stream for weight, stream in zip(weights, streams, strict=True))
     mean = jnp.sum(x * x) / d
-    out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm_ref[:]
+    out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm
 
 
 def _weights_kernel(

@@ -134,7 +134,8 @@ def _byte(words: Array, j: int, interpret: bool) -> Array:
 def _pick(selector: Array, interpret: bool) -> Array:
     """Return the four weights that four nibbles say, as signed bytes."""
     if not interpret:
-        return assembly("prmt.b32 $0, 0x002B1908, 0x00D5E7F8, $1;", selector)
+        found = assembly("prmt.b32 $0, 0x002B1908, 0x00D5E7F8, $1;", selector)
+        return jax.lax.bitcast_convert_type(found, jnp.uint32)
     nibble = selector[..., None] >> 4 * jnp.arange(4, dtype=jnp.uint32)
     code = nibble & 3
     magnitude = jnp.where(code == 0, 8, jnp.where(code == 1, 25, 43))
