@@ -274,8 +274,9 @@ def test_hyper_connection(hidden, merges):
     expected = HyperConnection(config, named)(*alone, norm)
 
     def read(rows, width):
+        streams, update = rows
         return hyper_connection.read(
-            *rows, weights["fn"], weights["base"], weights["scale"],
+            streams, update, weights["fn"], weights["base"], weights["scale"],
             norm.weight.get_value(), config, width, interpret=True,
         )  # fmt: skip
 

@@ -124,8 +124,9 @@ class HyperConnection(nnx.Module):
 
 
 def _read_by_kernel(fn, base, scale, norm, config, width, streams, update):
-    operands = jax.tree.map(lambda a: a[0], (streams, update))
-    found = hyper_connection.read(*operands, fn, base, scale, norm, config, width)
+    streams, update = jax.tree.map(lambda a: a[0], (streams, update))
+    weights = fn, base, scale, norm
+    found = hyper_connection.read(streams, update, *weights, config, width)
     return tuple(result[None] for result in found)
 
 

@@ -105,35 +105,31 @@ def _maps_kernel(
 ):  # fmt: skip
     *refs, maps_ref, squares_ref = refs
     part, (rows, m, d) = pl.program_id(0), streams_ref.shape
-    size_of_part = d // _PARTS
-    own = pl.ds(part * size_of_part, size_of_part)
-    channels = part * size_of_part + jnp.arange(size_of_part)[None]
+    of_stream, size_of_part = _PARTS // m, m * d // _PARTS
+    stream, first = part // of_stream, part % of_stream * size_of_part
+    own = pl.ds(first, size_of_part)
+    channels = first + jnp.arange(size_of_part)[None]
     places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None]
-    # A stream at a time: their sums are within a thread.
-    fn = [fn_ref[places, stream, channels].astype(jnp.float32) for stream in range(m)]
-    found = [_merged(streams_ref, refs, row, own) for row in range(width)]
-    for row, streams in enumerate(found):
-        each = zip(fn, streams, strict=True)
-        maps_ref[part, row, :] = jnp.sum(sum(f * x[None] for f, x in each), -1)
-        squares_ref[part, row] = jnp.sum(sum(x * x for x in streams))
+    fn = fn_ref[places, stream, channels].astype(jnp.float32)
+    found = [_merged(streams_ref, refs, row, stream, own) for row in range(width)]
+    for row, x in enumerate(found):
+        maps_ref[part, row, :] = jnp.sum(fn * x[None], -1)
+        squares_ref[part, row] = jnp.sum(x * x)
     if refs:
         for row in range(rows):
-            for stream, x in enumerate(found[min(row, width - 1)]):
-                refs[-1][row, stream, own] = x
+            refs[-1][row, stream, own] = found[min(row, width - 1)]
 
 
-def _merged(streams_ref, refs, row, own):
-    """Return some channels of each of a row's streams, as of `model.hyper.Update`."""
-    streams = [streams_ref[row, at, own] for at in range(streams_ref.shape[1])]
+def _merged(streams_ref, refs, row, stream, own):
+    """Return some channels of a stream of a row, as of `model.hyper.Update`."""
     if not refs:
-        return streams
+        return streams_ref[row, stream, own]
     output_ref, post_ref, mix_ref, _ = refs
-    output = output_ref[row, own]
-    return [
-        post_ref[row, to] * output
-        + sum(mix_ref[row, at, to] * x for at, x in enumerate(streams))
-        for to in range(len(streams))
-    ]
+    carried = sum(
+        mix_ref[row, at, stream] * streams_ref[row, at, own]
+        for at in range(streams_ref.shape[1])
+    )
+    return post_ref[row, stream] * output_ref[row, own] + carried
 
 
 def _input_kernel(
@@ -151,8 +147,8 @@ def _input_kernel(
     m, d = streams_ref.shape[1:]
     # On their way while the maps are added up.
     streams, norm = [streams_ref[read, at, :] for at in range(m)], norm_ref[:]
-    maps = _maps(maps_ref, squares_ref, read, base_ref, scale_ref, c, m * d)
-    pre = jax.nn.sigmoid(maps(0, jnp.arange(m))) + c.hc_eps
+    refs = maps_ref, squares_ref, base_ref, scale_ref
+    pre = jax.nn.sigmoid(_map(refs, read, 0, jnp.arange(m), c, m * d)) + c.hc_eps
     weights = [jnp.sum(jnp.where(jnp.arange(m) == at, pre, 0)) for at in range(m)]
     x = sum(weight * stream for weight, stream in zip(weights, streams, strict=True))
     mean = jnp.sum(x * x) / d
@@ -171,24 +167,23 @@ def _weights_kernel(
     row = pl.program_id(0)
     read = jnp.minimum(row, width - 1)
     m = post_ref.shape[1]
-    maps = _maps(maps_ref, squares_ref, read, base_ref, scale_ref, c, count)
-    post_ref[row, :] = 2 * jax.nn.sigmoid(maps(1, m + jnp.arange(m)))
-    logits = maps(2, 2 * m + jnp.arange(m * m))
+    refs = maps_ref, squares_ref, base_ref, scale_ref
+    post = _map(refs, read, 1, m + jnp.arange(m), c, count)
+    logits = _map(refs, read, 2, 2 * m + jnp.arange(m * m), c, count)
+    post_ref[row, :] = 2 * jax.nn.sigmoid(post)
     for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
         mix_ref[row, place // m, place % m] = value
 
 
-def _maps(maps_ref, squares_ref, row, base_ref, scale_ref, c, count):
-    """Return a function to the maps at places [N] of the row, of the map `which`."""
-    mean = jnp.sum(squares_ref[:, row]) / count
-    inverse = 1 / jnp.sqrt(mean + c.rms_eps)
-
-    def maps(which, place):
-        parts = jnp.arange(_PARTS)[:, None]
-        total = jnp.sum(maps_ref[parts, row, place[None]], 0) * inverse
-        return total * scale_ref[which] + base_ref[place]
-
-    return maps
+def _map(refs, row, which, place, c, count):
+    """Return the maps at places [N] of a row, all of the map `which`."""
+    maps_ref, squares_ref, base_ref, scale_ref = refs
+    # All loads come before the first sum, for which threads wait.
+    squares, parts = squares_ref[:, row], jnp.arange(_PARTS)[:, None]
+    maps, scale = maps_ref[parts, row, place[None]], scale_ref[which]
+    base = base_ref[place]
+    inverse = 1 / jnp.sqrt(jnp.sum(squares) / count + c.rms_eps)
+    return jnp.sum(maps, 0) * inverse * scale + base
 
 
 def _sinkhorn(logits, m, iterations, eps):
