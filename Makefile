@@ -50,7 +50,7 @@ peer: .venv-peer/ready
 	@JAX_PLATFORMS=cpu .venv-peer/bin/python benchmarks/peer.py --out=$(PEER_OUT)
 
 test-gpu: .venv/cuda
-	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
+	@JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu -o addopts=
 
 clean:
 	rm -rf .venv .venv-peer

@@ -134,6 +134,7 @@ def test_passes_of_flash_lower_with_their_kernels(dtype):
         carry = carries.create(config, 1024, mtp=True)
         modules = model.modules()
         out = modules.trunk(tokens, carry.cache)
+        assert modules.mtp is not None
         drafted = modules.mtp(modules.trunk, tokens, out.streams, carry.mtp_cache)
         return out.logits, drafted.logits
 

@@ -270,8 +270,8 @@ def test_hyper_connection(hidden, merges):
     if merges:
         sizes = [(hidden,), (4,), (4, 4)]
         update = Update(*(normal(6 + i, ROWS, *s) for i, s in enumerate(sizes)))
-    alone = jax.tree.map(lambda a: a[None], (streams, update))
-    expected = HyperConnection(config, named)(*alone, norm)
+    one, alone = jax.tree.map(lambda a: a[None], (streams, update))
+    expected = HyperConnection(config, named)(one, alone, norm)
 
     def read(rows, width):
         streams, update = rows
