@@ -22,6 +22,9 @@ from ds4jax.pallas import rope
 _CHUNK = 16
 """Positions pooled at a time."""
 
+_LOWEST = -1e30
+"""Below all gates, and finite: for places that have none."""
+
 
 def serves(
     new: Float[Array, "T N"], inputs: Float[Array, "P 2 N"], ratio: int, width: int
@@ -76,7 +79,7 @@ def compress(
             jax.ShapeDtypeStruct(rows.shape, rows.dtype),
         ),
         input_output_aliases={kept: 0, kept + 1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=8),
+        compiler_params=plgpu.CompilerParams(num_warps=16 if ratio > _CHUNK else 8),
         interpret=interpret,
         name=f"compress_{ratio}x{width}",
     )(*operands)
@@ -136,16 +139,16 @@ def _kernel(
             value, gate = jnp.where(exists, value, 0), jnp.where(exists, gate, -jnp.inf)
 
             peak, total, summed = so_far
-            higher = jnp.maximum(peak, jnp.max(gate, 0))
-            weight = jnp.exp(gate - higher[None])
-            shrink = jnp.exp(peak - higher)
-            total = total * shrink + jnp.sum(weight, 0)
-            return higher, total, summed * shrink + jnp.sum(weight * value, 0)
+            higher = jnp.maximum(peak, gate)
+            weight, shrink = jnp.exp(gate - higher), jnp.exp(peak - higher)
+            return higher, total * shrink + weight, summed * shrink + weight * value
 
-        zero = jnp.zeros(width, jnp.float32)
-        none = zero - jnp.inf, zero, zero
-        _, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
-        row = summed / total
+        # Each place of a chunk by itself: threads wait for each other at the end only.
+        zero = jnp.zeros((chunk, width), jnp.float32)
+        none = zero + _LOWEST, zero, zero
+        peak, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
+        share = jnp.exp(peak - jnp.max(peak, 0)[None])
+        row = jnp.sum(summed * share, 0) / jnp.sum(total * share, 0)
         row = row / jnp.sqrt(jnp.sum(row * row) / width + eps) * norm_ref[:]
         angle = (index * ratio).astype(jnp.float32) * turns_ref[:]
         rows_ref[index, :] = rope.rotate(row, jnp.cos(angle), jnp.sin(angle))
