@@ -40,7 +40,8 @@ Contexts were not read: states have random contents, and prefill is not in this 
 """
 PASSES = """\
 `share` is the time in which a pass's weights can be read, over the time it takes; the
-columns after it are where that goes, in milliseconds of kernels.
+columns after it are where that goes, in milliseconds: launches that run beside each
+other share the time equally, and what is missing is between launches.
 """
 REPLAY = """\
 a is the drafts accepted per cycle.  Predicted is (b + a) / (r + d), with b sure tokens
@@ -134,7 +135,7 @@ def _stack(panel: Axes, passes: Sequence[Row]):
         )  # fmt: skip
         left += width
     panel.invert_yaxis()
-    panel.set_xlabel(f"milliseconds of kernels, {passes[0]['layers']} layers")
+    panel.set_xlabel(f"milliseconds of launches, {passes[0]['layers']} layers")
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
 

@@ -3,6 +3,9 @@
 A program takes some rows of the weight and all rows of the activations, so a weight is
 read once however many rows there are.  Each row's sum has one order, fixed by the
 shape of the weight alone.
+
+On an H200 the LM head takes 131 us for one row, 4096 x 8192 10.7 us; in Mosaic GPU, by
+TMA, the same products took 127 and 10.5 us (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
