@@ -84,7 +84,7 @@ def read(
         name="hc_input",
     )(streams, maps, squares, base, scale, norm)
     post, mix = call(
-        functools.partial(_weights_kernel, c=config, count=m * d, width=width),
+        functools.partial(_weights_kernel, c=config, count=m * d),
         grid=(rows,),
         out_shape=(
             jax.ShapeDtypeStruct((rows, m), jnp.float32),
@@ -112,12 +112,14 @@ def _maps_kernel(
     places = jnp.minimum(jnp.arange(size), fn_ref.shape[0] - 1)[:, None]
     fn = fn_ref[places, stream, channels].astype(jnp.float32)
     found = [_merged(streams_ref, refs, row, stream, own) for row in range(width)]
-    for row, x in enumerate(found):
-        maps_ref[part, row, :] = jnp.sum(fn * x[None], -1)
-        squares_ref[part, row] = jnp.sum(x * x)
-    if refs:
-        for row in range(rows):
-            refs[-1][row, stream, own] = found[min(row, width - 1)]
+    maps = [jnp.sum(fn * x[None], -1) for x in found]
+    squares = [jnp.sum(x * x) for x in found]
+    for row in range(rows):
+        read = min(row, width - 1)
+        maps_ref[part, row, :] = maps[read]
+        squares_ref[part, row] = squares[read]
+        if refs:
+            refs[-1][row, stream, own] = found[read]
 
 
 def _merged(streams_ref, refs, row, stream, own):
@@ -148,7 +150,7 @@ def _input_kernel(
     # On their way while the maps are added up.
     streams, norm = [streams_ref[read, at, :] for at in range(m)], norm_ref[:]
     refs = maps_ref, squares_ref, base_ref, scale_ref
-    pre = jax.nn.sigmoid(_map(refs, read, 0, jnp.arange(m), c, m * d)) + c.hc_eps
+    pre = jax.nn.sigmoid(_map(refs, row, 0, jnp.arange(m), c, m * d)) + c.hc_eps
     weights = [jnp.sum(jnp.where(jnp.arange(m) == at, pre, 0)) for at in range(m)]
     x = sum(weight * stream for weight, stream in zip(weights, streams, strict=True))
     mean = jnp.sum(x * x) / d
@@ -162,14 +164,13 @@ def _weights_kernel(
     scale_ref,  # [3]
     post_ref,  # [R, M]
     mix_ref,  # [R, M, M]
-    *, c, count, width,
+    *, c, count,
 ):  # fmt: skip
     row = pl.program_id(0)
-    read = jnp.minimum(row, width - 1)
     m = post_ref.shape[1]
     refs = maps_ref, squares_ref, base_ref, scale_ref
-    post = _map(refs, read, 1, m + jnp.arange(m), c, count)
-    logits = _map(refs, read, 2, 2 * m + jnp.arange(m * m), c, count)
+    post = _map(refs, row, 1, m + jnp.arange(m), c, count)
+    logits = _map(refs, row, 2, 2 * m + jnp.arange(m * m), c, count)
     post_ref[row, :] = 2 * jax.nn.sigmoid(post)
     for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
         mix_ref[row, place // m, place % m] = value
