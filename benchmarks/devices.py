@@ -33,7 +33,7 @@ from ds4jax.model import deepseek
 from ds4jax.tokenizer import Tokenizer
 
 _OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
-_TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens to commit after each prompt.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens to commit after each prompt.")
 
 PROMPTS = "copy", "technical", "prose"
 
@@ -42,7 +42,7 @@ def shipped(dtype: str) -> deepseek.Model:
     """Return the model that ships, for operands of a type, on JAX's default device."""
     config, trunk = gguf.load_trunk(assets.trunk())
     config = dataclasses.replace(config, dtype=dtype)
-    return deepseek.build(config, trunk, gguf.load_mtp(assets.mtp(), config))
+    return deepseek.build(config, trunk)
 
 
 @jax.jit

@@ -96,11 +96,12 @@ def part(
     draw: Callable[[], tuple[Any, ...]],
     run: Callable[..., Any],
     nbytes: Callable[..., float],
+    kind: Callable[[int], Pass] = lambda width: DecodePass(width, jnp.int32(width)),
     **more: Any,
 ) -> Case:
-    """Return the case of a part of decode passes; `more` is as of `Case`."""
+    """Return the case of a part of passes of a kind; `more` is as of `Case`."""
     name = kernel.__name__.rpartition(".")[2]
-    both = pair(kernel, lambda width: DecodePass(width, jnp.int32(width)), run)
+    both = pair(kernel, kind, run)
     return Case(name, what, draw, *both, nbytes, **more)
 
 

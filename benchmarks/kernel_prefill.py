@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_parts
 from kernel_case import Case, choice, normal
 from kernel_parts import (
     CONFIG,
@@ -18,7 +19,6 @@ from kernel_parts import (
     DENSE,
     dense_attention,
     padded,
-    pair,
     place,
     weights,
 )
@@ -44,9 +44,10 @@ def part(
     nbytes: Callable[..., float],
 ) -> Case:
     """Return the case of a part of prefill."""
-    name = kernel.__name__.rpartition(".")[2]
-    by_kernel, by_xla = pair(kernel, lambda width: Prefill(), lambda _, *a: run(*a))
-    return Case(name, what, draw, by_kernel, by_xla, nbytes, (ROWS,))
+    return kernel_parts.part(
+        kernel, what, draw, lambda _, *operands: run(*operands), nbytes,
+        kind=lambda width: Prefill(), widths=(ROWS,),
+    )  # fmt: skip
 
 
 def long_rows(start: jax.Array) -> Rows:

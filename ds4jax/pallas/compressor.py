@@ -79,7 +79,7 @@ def compress(
             jax.ShapeDtypeStruct(rows.shape, rows.dtype),
         ),
         input_output_aliases={kept: 0, kept + 1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=16 if ratio > _CHUNK else 8),
+        compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpret,
         name=f"compress_{ratio}x{width}",
     )(*operands)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ from ds4jax.quant import QuantTensor, dequantize
 
 _EXPERTS_AT_ONCE = 16
 """Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
+
+
+def _is_q8_0(w: Weight) -> TypeGuard[QuantTensor]:
+    return isinstance(w, QuantTensor) and w.format == "Q8_0"
 
 
 def _precision(dtype: str) -> jax.lax.Precision | None:
@@ -95,7 +100,7 @@ def normed_kernel(
       w: [Out, In].
       dtype: operand type.
     """
-    if not isinstance(w, QuantTensor) or w.format != "Q8_0":
+    if not _is_q8_0(w):
         return None
 
     def kernel(width: int, x: Array) -> Array:
@@ -108,7 +113,7 @@ def _dense_kernel(
     weights: Sequence[Weight], dtype: str
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:
     """Return the kernel of `by_kernel` for weights of one format, if there is one."""
-    packed = [w for w in weights if isinstance(w, QuantTensor) and w.format == "Q8_0"]
+    packed = [w for w in weights if _is_q8_0(w)]
     halves = [
         w for w in weights if not isinstance(w, QuantTensor) and w.dtype == jnp.float16
     ]
@@ -153,12 +158,11 @@ def grouped_matmul(
     product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
 
     def kernel(rows, x):
-        assert isinstance(w, QuantTensor)
+        assert _is_q8_0(w)
         x = fix(x.reshape(-1, width), dtype)
         return q8_0.matvec(x, w, groups, rows)[None]
 
-    served = isinstance(w, QuantTensor) and w.format == "Q8_0"
-    return by_rows(product, x, cuda=kernel if served else None)
+    return by_rows(product, x, cuda=kernel if _is_q8_0(w) else None)
 
 
 def expert_matmul(
