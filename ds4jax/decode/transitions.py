@@ -6,13 +6,14 @@ trained, its rows are filled for the prompt, and they are written again from tru
 streams for every committed token.
 
 For a committed token the head's cache needs its streams *and* the token after it.  The
-streams therefore wait in the anchor until that is known, and one pass of the head then
-writes all their rows and, from the last, makes the next draft.
+streams therefore wait in the anchor until that is known; a pass of the head then writes
+their rows, and one of the newest makes the next draft.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ds4jax.decode.carry import ANCHOR_ROWS, Anchor, DecodeCarry
 from ds4jax.decode.modes import Decoding, Verifier
 from ds4jax.model.cache import Cache, forget, scatter
-from ds4jax.model.deepseek import DeepSeek, Model
-from ds4jax.model.mtp import MTPOutput, Pairing
+from ds4jax.model.deepseek import Model
+from ds4jax.model.mtp import Pairing
 from ds4jax.model.trunk import TrunkOutput
 
 
 def _row(x: Array, index: Int[Array, "B"]) -> Array:
     """Return `x[b, index[b]]` for every b."""
-    return jnp.take_along_axis(
-        x, index.reshape(-1, *(1,) * (x.ndim - 1)), axis=1
-    ).squeeze(1)
+    index = index.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=1).squeeze(1)
 
 
 def _set_length(cache: Cache, length: Int[Array, "B"]) -> Cache:
@@ -125,24 +125,18 @@ def prefill(
     return dataclasses.replace(carry, anchor=anchor)
 
 
-def _run_pending(
-    modules: DeepSeek,
-    carry: DecodeCarry,
-    following: Int[Array, "B"],
-    pairing: Pairing,
-) -> MTPOutput:
-    """Run the head on the anchor's rows, now that `following` is known to be next."""
-    assert modules.mtp is not None
+def _pending(
+    carry: DecodeCarry, following: Int[Array, "B"], pairing: Pairing
+) -> tuple[Int[Array, "B W"], Cache]:
+    """Return the tokens of the anchor's rows, and the head's cache before them."""
     assert carry.anchor is not None and carry.mtp_cache is not None
     end, rows = carry.length, carry.anchor.rows
     first = end - rows + (pairing == "trained")
     position = first[:, None] + jnp.arange(ANCHOR_ROWS)
-    known = jnp.take_along_axis(
-        carry.tokens, jnp.clip(position, 0, carry.max_context - 1), axis=1
-    )
+    place = jnp.clip(position, 0, carry.max_context - 1)
+    known = jnp.take_along_axis(carry.tokens, place, axis=1)
     tokens = jnp.where(position == end[:, None], following[:, None], known)
-    cache = _set_length(carry.mtp_cache, end - rows)
-    return modules.mtp(modules.trunk, tokens, carry.anchor.streams, cache, rows)
+    return tokens, _set_length(carry.mtp_cache, end - rows)
 
 
 def fill(
@@ -156,7 +150,10 @@ def fill(
 
     Only sequences of `which` let go; the others write those rows again later.
     """
-    out = _run_pending(model.modules(), carry, following, pairing)
+    modules, anchor = model.modules(), carry.anchor
+    assert modules.mtp is not None and anchor is not None
+    tokens, cache = _pending(carry, following, pairing)
+    out = modules.mtp(modules.trunk, tokens, anchor.streams, cache, anchor.rows)
     return _let_go(carry, out.cache, which)
 
 
@@ -208,19 +205,22 @@ def draft(
       let go; the guesses; and by how much, in logits, the last one leads the head's
       runner-up.
     """
-    modules = model.modules()
-    assert carry.anchor is not None and modules.mtp is not None
-    out = _run_pending(modules, carry, first, pairing)
-    newest = jnp.maximum(carry.anchor.rows - 1, 0)
-    streams = _row(out.streams, newest)[:, None]
-    logits = _row(out.logits, newest)[:, None]
-    # The rows made from the head's own streams are not kept: a row is written from the
-    # trunk's, once the tokens are committed.
+    modules, anchor = model.modules(), carry.anchor
+    assert anchor is not None and modules.mtp is not None
+    head = functools.partial(modules.mtp, modules.trunk)
+    tokens, cache = _pending(carry, first, pairing)
+    # Of older rows the cache alone is looked at: no expert of theirs is ever computed.
+    older = jnp.maximum(anchor.rows - 1, 0)
+    cache = head(tokens[:, :-1], anchor.streams[:, :-1], cache, older).cache
+    tokens, streams = (_row(a, older)[:, None] for a in (tokens, anchor.streams))
+    out = head(tokens, streams, cache, jnp.minimum(anchor.rows, 1))
+    streams, logits = out.streams, out.logits
+    # Rows made from the head's own streams are not kept, see the top of this file.
     carry = _keep_newest(_let_go(carry, out.cache, carry.active))
     guesses, cache, token = [], out.cache, first[:, None]
     for place in range(depth):
         if place or pairing == "ds4":
-            out = modules.mtp(modules.trunk, token, streams, cache)
+            out = head(token, streams, cache)
             logits, streams, cache = out.logits, out.streams, out.cache
         at = (carry.length + 1 + place)[:, None]
         token = choose(logits, at, carry.rng, temperature)
