@@ -178,7 +178,9 @@ def prepared() -> Case:
         return weights(DENSE, "attn_kv_a_norm"), query, row, place(SHORT)
 
     def run(width, own, query, row, start):
-        return dense_attention(own)._prepare(query, row, decode_rows(start, width))
+        attention, positions = dense_attention(own), decode_rows(start, width).positions
+        queries = attention._prepare_queries(query, positions)
+        return queries, attention._prepare_rows(row, positions)
 
     def nbytes(width, own, query, row, start):
         return (query.nbytes + row.nbytes) // DECODE_ROWS * width
@@ -233,7 +235,7 @@ def routed() -> Case:
     def nbytes(width, own, x):
         return (1 + width) * CONFIG.experts * FLOAT
 
-    return part(router, "route", draw, run, nbytes, others=("f16",))
+    return part(router, "route", draw, run, nbytes, others=("plain",))
 
 
 def state(layer: int, context: int, name: str) -> cache.CompressorCache:
@@ -276,7 +278,7 @@ def compressed(what: str, layer: int, name: str, start: int) -> Case:
 
     what = f"{what}, {'a window ends' if ends else 'none ends'}"
     return part(
-        compressor, what, draw, run, nbytes, others=("f16",), donated=(2,)
+        compressor, what, draw, run, nbytes, others=("plain",), donated=(2,)
     )  # fmt: skip
 
 
@@ -303,7 +305,7 @@ def picked(context: int) -> Case:
 
     return part(
         indexer, f"scores and choice at {context:,}", draw, run, nbytes,
-        others=("f16", "compress"), donated=(3,),
+        others=("plain", "compress"), donated=(3,),
     )  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def dense(format: str, what: str, outs: list[int], k: int, groups: int = 1) -> C
         return np.asarray(x[0, :, 0], np.float64) @ np.asarray(dequantize(part)).T
 
     return Case(
-        "f16" if format == "F16" else "q8_0", what, draw, run, product, nbytes,
+        "plain" if format == "F16" else "q8_0", what, draw, run, product, nbytes,
         WIDTHS, ("fix",), exact=exact,
         shape=_shape(format, "+".join(map(str, outs)), k, groups),
     )  # fmt: skip

@@ -39,7 +39,12 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import long_attention
-from ds4jax.pallas.matmul import einsum, grouped_matmul
+from ds4jax.pallas.matmul import (
+    einsum,
+    grouped_matmul,
+    grouped_product,
+    takes_fixed_point,
+)
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
 
@@ -155,7 +160,8 @@ class Attention(nnx.Module):
         q_lora, row = project(x, self.q_a, self.kv)
         query = project_normed(q_lora, self.q_norm, self.q_b)
         query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
-        query, row = self._prepare(query, row, rows)
+        query = self._prepare_queries(query, rows.positions)
+        row = self._prepare_rows(row, rows.positions)
 
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
@@ -179,10 +185,9 @@ class Attention(nnx.Module):
 
         if has_blocks(rows):
             heads = self._attend_long(query, view, sources[1:], chosen, rows)
+            low = self._project(heads)
         else:
-            heads = self._attend(query, sources, rows.positions)
-        grouped = heads.reshape(*x.shape[:2], c.o_groups, -1)
-        low = grouped_matmul(grouped, self.output_a.get_value(), c.dtype)
+            low = self._attend(query, sources, rows.positions)
         output = self.output_b(low.reshape(*x.shape[:2], -1))
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
@@ -225,41 +230,65 @@ class Attention(nnx.Module):
         ds4 = self.config.kv_rounding == "ds4"
         return round_kv(row, self.config.rope_dim) if ds4 else row
 
-    def _prepare(self, query, row, rows):
-        """Norm and rotate queries [B, T, H, K] and the rows [B, T, K] to be kept."""
-        c = self.config
+    def _prepare_queries(self, query, positions):
+        """Norm and rotate queries [B, T, H, K]."""
+        eps = self.config.rms_eps
 
-        def prepare(query, row, positions):
-            query = rotate(rms(query, c.rms_eps), positions[..., None], self.table)
-            return query, self._keep(rotate(self.kv_norm(row), positions, self.table))
+        def prepare(query, positions):
+            return rotate(rms(query, eps), positions[..., None], self.table)
 
-        def kernel(width, query, row, positions):
-            norm, turned = self.kv_norm.weight.get_value(), turn(positions, self.table)
-            operands = jax.tree.map(lambda a: a[0], (query, row, turned))
-            query, row, turned = operands
-            found = pallas.prepare(query, row, norm, c.rms_eps, turned, width)
-            return tuple(a[None] for a in found)
+        def kernel(width, query, positions):
+            query, turned = self._operands(query, positions)
+            return pallas.prepare_queries(query, eps, turned, width)[None]
 
-        served = c.kv_rounding == "none" and self._is_served([])
-        cuda = kernel if served else None
-        return by_kernel(prepare, query, row, rows.positions, cuda=cuda)
+        cuda = kernel if self._is_served([]) else None
+        return by_kernel(prepare, query, positions, cuda=cuda)
+
+    def _prepare_rows(self, row, positions):
+        """Norm and rotate the rows [B, T, K] that are to be kept."""
+
+        def prepare(row, positions):
+            return self._keep(rotate(self.kv_norm(row), positions, self.table))
+
+        def kernel(width, row, positions):
+            norm, eps = self.kv_norm.weight.get_value(), self.config.rms_eps
+            row, turned = self._operands(row, positions)
+            return pallas.prepare_rows(row, norm, eps, turned, width)[None]
+
+        served = self.config.kv_rounding == "none" and self._is_served([])
+        return by_kernel(prepare, row, positions, cuda=kernel if served else None)
+
+    def _operands(self, array, positions):
+        return jax.tree.map(lambda a: a[0], (array, turn(positions, self.table)))
 
     def _attend(self, query, sources, positions):
-        """Return what each head makes of all sources, rotated back."""
+        """Return the first map of what each head makes of all sources."""
         c, sinks = self.config, self.sinks.get_value()
+        weight = self.output_a.get_value()
 
         def over_all(query, sources, positions):
             heads = attend(query, [source.seen() for source in sources], sinks, c.dtype)
-            return rotate(heads, positions[..., None], self.table, inverse=True)
+            table = self.table
+            return self._project(
+                rotate(heads, positions[..., None], table, inverse=True)
+            )
 
         def kernel(width, query, sources, positions):
             turned = turn(positions, self.table, inverse=True)
             operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
             query, sources, turned = operands
-            return pallas.attend(query, sources, sinks, turned, c.dtype, width)[None]
+            groups = c.o_groups
+            x = pallas.attend(query, sources, sinks, turned, c.dtype, groups, width)
+            return grouped_product(x, weight, groups, width)[None]
 
-        cuda = kernel if self._is_served(sources) else None
+        served = self._is_served(sources) and takes_fixed_point(weight)
+        cuda = kernel if served else None
         return by_kernel(over_all, query, sources, positions, cuda=cuda)
+
+    def _project(self, heads):
+        """Return the first, grouped, of the two maps of the output."""
+        grouped = heads.reshape(*heads.shape[:2], self.config.o_groups, -1)
+        return grouped_matmul(grouped, self.output_a.get_value(), self.config.dtype)
 
     def _is_served(self, sources):
         c, sizes = self.config, [source.visible.shape[-1] for source in sources]

@@ -1,9 +1,10 @@
 """Attention of a few rows over shared and over chosen rows, on NVIDIA GPUs.
 
-One launch norms and rotates queries and keys.  Then each source is cut into parts of a
-fixed size, and programs take a part each, for its softmax and its sums; one more launch
-puts the parts of all sources together in their order and rotates back.  What is
-multiplied and in what order depends on the sources' sizes alone.
+One launch norms and rotates queries and one, which need not wait for them, the rows.
+Then each source is cut into parts of a fixed size, and programs take a part each, for
+its softmax and its sums; one more launch puts the parts of all sources together in
+their order, rotates back and writes fixed point.  What is multiplied and in what order
+depends on the sources' sizes alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
+
+from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 
 _PART = 32
 """Rows of a part."""
@@ -41,79 +44,103 @@ Turn = tuple[Float[Array, "T R"], Float[Array, "T R"]]
 
 
 def serves(heads: int, k: int, rope_dim: int, sizes: list[int]) -> bool:
-    """Say whether `prepare` and `attend` are for this, and sources of S rows each."""
+    """Say whether these are for such attention, and sources of S rows each."""
     few = sum(pl.cdiv(size, _PART) for size in sizes) <= _MOST_PARTS
     powers = all(size & (size - 1) == 0 for size in (k, rope_dim))
-    return few and heads % _HEADS == 0 and powers and k >= 16
+    return few and heads % _HEADS == 0 and powers and rope_dim >= GROUP
 
 
-def prepare(
+def prepare_queries(
     query: Float[Array, "T H K"],
-    row: Float[Array, "T K"],
+    eps: float,
+    turn: Turn,
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "T H K"]:
+    """Return queries normed by head and rotated.
+
+    Args:
+      query: what their projection gives.
+      eps: of the norm.
+      turn: the rotation.
+      width: how many rows, the first ones, are not copies of the last of these.
+      interpret: without a GPU.
+    """
+    return pl.pallas_call(
+        functools.partial(_queries_kernel, eps=eps, width=width or len(query)),
+        grid=(len(query), query.shape[1] // _HEADS_TO_PREPARE),
+        out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=2),
+        interpret=interpret,
+        name="attend_prepare_queries",
+    )(query, *turn)
+
+
+def prepare_rows(
+    rows: Float[Array, "T K"],
     norm: Float[Array, "K"],
     eps: float,
     turn: Turn,
     width: int | None = None,
     *,
     interpret: bool = False,
-) -> tuple[Float[Array, "T H K"], Float[Array, "T K"]]:
-    """Return queries normed by head and rotated, and rows normed and rotated.
+) -> Float[Array, "T K"]:
+    """Return rows, of key and value at once, normed and rotated.
 
     Args:
-      query, row: what their projections give.
-      norm: weight of the rows' RMS norm.
-      eps: of both norms.
-      turn: the rotation.
-      width: how many rows, the first ones, are not copies of the last of these.
-      interpret: without a GPU.
+      rows: what their projection gives.
+      norm: weight of the norm.
+      eps, turn, width, interpret: as of `prepare_queries`.
     """
-    heads = query.shape[1]
     return pl.pallas_call(
-        functools.partial(_prepare_kernel, eps=eps, width=width or len(query)),
-        grid=(len(query), heads // _HEADS_TO_PREPARE + 1),
-        out_shape=(
-            jax.ShapeDtypeStruct(query.shape, jnp.float32),
-            jax.ShapeDtypeStruct(row.shape, jnp.float32),
-        ),
+        functools.partial(_rows_kernel, eps=eps, width=width or len(rows)),
+        grid=(len(rows),),
+        out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=2),
         interpret=interpret,
-        name="attend_prepare",
-    )(query, row, norm, *turn)
+        name="attend_prepare_rows",
+    )(rows, norm, *turn)
 
 
-def _prepare_kernel(
+def _queries_kernel(
     query_ref,  # [T, H, K]
-    row_ref,  # [T, K]
+    cos_ref,  # [T, R]
+    sin_ref,  # [T, R]
+    out_ref,  # [T, H, K]
+    *, eps, width,
+):  # fmt: skip
+    row, first = pl.program_id(0), pl.program_id(1) * _HEADS_TO_PREPARE
+    read, own = jnp.minimum(row, width - 1), pl.ds(first, _HEADS_TO_PREPARE)
+    inverse = _inverse(query_ref[read, own, :], eps)[:, None]
+    heads = (first + jnp.arange(_HEADS_TO_PREPARE))[:, None]
+
+    def store(channels, value):
+        out_ref[row, own, channels] = value
+
+    turn = cos_ref[read, :], sin_ref[read, :]
+    load = lambda at: query_ref[read, heads, at[None]] * inverse  # noqa: E731
+    _rotate(load, store, query_ref.shape[2], turn)
+
+
+def _rows_kernel(
+    rows_ref,  # [T, K]
     norm_ref,  # [K]
     cos_ref,  # [T, R]
     sin_ref,  # [T, R]
-    query_out_ref,  # [T, H, K]
-    row_out_ref,  # [T, K]
+    out_ref,  # [T, K]
     *, eps, width,
 ):  # fmt: skip
-    row, block = pl.program_id(0), pl.program_id(1)
-    read, k = jnp.minimum(row, width - 1), row_ref.shape[1]
-    own = pl.ds(block * _HEADS_TO_PREPARE, _HEADS_TO_PREPARE)
+    row = pl.program_id(0)
+    read = jnp.minimum(row, width - 1)
+    inverse = _inverse(rows_ref[read, :], eps)
+
+    def store(channels, value):
+        out_ref[row, channels] = value
+
     turn = cos_ref[read, :], sin_ref[read, :]
-
-    @pl.when(block < pl.num_programs(1) - 1)
-    def _query():
-        inverse = _inverse(query_ref[read, own, :], eps)[:, None]
-        heads = (block * _HEADS_TO_PREPARE + jnp.arange(_HEADS_TO_PREPARE))[:, None]
-
-        def store(channels, value):
-            query_out_ref[row, own, channels] = value
-
-        _rotate(lambda at: query_ref[read, heads, at[None]] * inverse, store, k, turn)
-
-    @pl.when(block == pl.num_programs(1) - 1)
-    def _row():
-        inverse = _inverse(row_ref[read, :], eps)
-
-        def store(channels, value):
-            row_out_ref[row, channels] = value
-
-        _rotate(lambda at: row_ref[read, at] * inverse * norm_ref[at], store, k, turn)
+    load = lambda at: rows_ref[read, at] * inverse * norm_ref[at]  # noqa: E731
+    _rotate(load, store, rows_ref.shape[1], turn)
 
 
 def _inverse(x, eps):
@@ -138,20 +165,26 @@ def attend(
     sinks: Float[Array, "H"],
     turn: Turn,
     dtype: str,
+    groups: int,
     width: int | None = None,
     *,
     interpret: bool = False,
-) -> Float[Array, "T H K"]:
-    """Return one softmax-weighted sum over all sources, rotated, float32.
+) -> FixedPoint:
+    """Return one softmax-weighted sum over all sources, rotated, for products.
 
     Args:
       query: rotated queries.
       sources: what they see.
       sinks: a logit per head that takes probability and gives no value.
       turn: of the results.
-      dtype: operand type of the two products.
-      width: how many rows, the first ones, are not copies of the last of these.
+      dtype: operand type of the two products, and of those to come.
+      groups: into how many parts the heads are cut for those.
+      width: how many rows, the first ones, are not copies; there is nothing in the
+        others' places.
       interpret: without a GPU.
+
+    Returns:
+      T * groups rows of K H / groups, the groups of a row one after the other.
     """
     width, (rows, heads, k) = width or len(query), query.shape
     ends = [0]
@@ -173,13 +206,14 @@ def attend(
         compiler_params=plgpu.CompilerParams(num_warps=8),
         name="attend_parts",
     )(query, *jax.tree.leaves(sources))  # fmt: skip
-    return call(
-        functools.partial(_together_kernel, copies=rows - width),
+    found = call(
+        functools.partial(_together_kernel, dtype=dtype, groups=groups),
         grid=(width, heads, k // turn[0].shape[1]),
-        out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
+        out_shape=shapes(rows * groups, heads // groups * k, dtype, Order()),
         compiler_params=plgpu.CompilerParams(num_warps=2),
         name="attend_together",
     )(sinks, *turn, *parts)
+    return FixedPoint(*found)
 
 
 def _part_kernel(
@@ -239,8 +273,8 @@ def _together_kernel(
     peak_ref,  # [parts, width, H]
     total_ref,  # [parts, width, H]
     summed_ref,  # [parts, width, H, K]
-    out_ref,  # [T, H, K]
-    *, copies,
+    *refs,  # of the result
+    dtype, groups,
 ):  # fmt: skip
     row, head, block = (pl.program_id(axis) for axis in range(3))
     parts, r = len(peak_ref), cos_ref.shape[1]
@@ -257,19 +291,17 @@ def _together_kernel(
         channels = block * r + (jnp.arange(r) ^ flip)
         return jnp.sum(share * summed_ref[part[:, None], row, head, channels[None]], 0)
 
-    def store(value):
-        own = pl.ds(block * r, r)
-        out_ref[row, head, own] = value
-
-        @pl.when(row == pl.num_programs(0) - 1)
-        def _copy():
-            for more in range(1, copies + 1):
-                out_ref[row + more, head, own] = value
+    def write(value):
+        of_group = sinks_ref.shape[0] // groups
+        place = (head % of_group * pl.num_programs(2) + block) * (r // GROUP)
+        x = value.reshape(r // GROUP, 2, 4, 4)
+        own = row * groups + head // of_group
+        store(refs, x, own, place, dtype, Order())
 
     @pl.when(block < pl.num_programs(2) - 1)
     def _keep():
-        store(load(0))
+        write(load(0))
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _turn():
-        store(load(0) * cos_ref[row, :] + load(1) * sin_ref[row, :])
+        write(load(0) * cos_ref[row, :] + load(1) * sin_ref[row, :])

@@ -31,6 +31,7 @@ class Format:
       activations, planes, multiply: as in `k_quants` and `iq2_xxs`.
       warps, tiles: of a program of `matvec`; a tile has a row for each warp.
       gated_warps: of a program of `gated`.
+      gated_tiles: that it takes of gate and of up at a time; more want more registers.
     """
 
     order: Order
@@ -40,6 +41,7 @@ class Format:
     warps: int
     tiles: int
     gated_warps: int
+    gated_tiles: int
 
 
 def _read_by_chunk(at, refs, chunk):
@@ -68,7 +70,7 @@ def _k_quant(
     read: Callable,
     unpack: Callable,
     scales: tuple[str, ...],
-    program: tuple[int, int, int],
+    program: tuple[int, int, int, int],
 ) -> Format:
     return Format(
         Order(levels=8 // bits),
@@ -80,10 +82,10 @@ def _k_quant(
 
 
 FORMATS = {
-    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (8, 1, 16)),
-    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (8, 2, 8)),
+    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (8, 1, 16, 2)),
+    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (4, 4, 8, 4)),
     "Q4_K": _k_quant(
-        4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (8, 4, 8)
+        4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (4, 4, 8, 4)
     ),
     "IQ2_XXS": Format(
         Order(by_word=True),
@@ -93,6 +95,7 @@ FORMATS = {
         warps=8,
         tiles=4,
         gated_warps=8,
+        gated_tiles=2,
     ),
 }
 """The ggml types that are multiplied here."""
@@ -217,6 +220,7 @@ def gated(
             multiply=format.multiply,
             counts=[len(part) for part in operands],
             height=warps,
+            at_once=min(format.gated_tiles, GROUP // warps),
             each=each,
             activation=activation,
             dtype=dtype,
@@ -235,14 +239,26 @@ def gated(
 def _gated_kernel(
     ids_ref,  # [P]
     *refs,  # of the activations, of gate, of up; of the result
-    multiply, counts, height, each, activation, dtype, order, interpret,
+    multiply, counts, height, at_once, each, activation, dtype, order, interpret,
 ):  # fmt: skip
     refs = iter(refs)
     x, gate, up = ([next(refs) for _ in range(count)] for count in counts)
     pair, group = pl.program_id(0), pl.program_id(1)
-    firsts = [group * GROUP + at for at in range(0, GROUP, height)]
-    tiles = [(w, first) for w in (gate, up) for first in firsts]
-    found = multiply(x, tiles, pair // each, ids_ref[pair], height, interpret)
-    gates, ups = found[: len(firsts)], found[len(firsts) :]
-    values = [activation(*both) for both in zip(gates, ups, strict=True)]
-    store(list(refs), values, pair, group, dtype, order)
+    row, expert = pair // each, ids_ref[pair]
+    tiles = jnp.arange(GROUP // height)[:, None]
+
+    def turn(step, found):
+        places = [step * at_once + place for place in range(at_once)]
+        firsts = [group * GROUP + place * height for place in places]
+        own = [(w, first) for w in (gate, up) for first in firsts]
+        values = multiply(x, own, row, expert, height, interpret)
+        for number, value in enumerate(values):
+            which, place = divmod(number, at_once)
+            mine = tiles == places[place]
+            found[which] = jnp.where(mine, value[None], found[which])
+        return found
+
+    zero = jnp.zeros((len(tiles), height), jnp.float32)
+    found = jax.lax.fori_loop(0, len(tiles) // at_once, turn, [zero, zero])
+    x = activation(*found).reshape(1, 2, 4, 4)
+    store(list(refs), x, pair, group, dtype, order)

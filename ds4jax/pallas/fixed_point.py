@@ -131,16 +131,38 @@ def _kernel(
     *norm_ref, words_ref, scale_ref, sums_ref = refs
     row, first = pl.program_id(0), pl.program_id(1) * at_once
     own = pl.ds(first, at_once)
-    place = order.place(first + jnp.arange(at_once), x_ref.shape[1])
     x = x_ref[row, own, :, :, :]
     if norm_ref:
         squares = jnp.square(x_ref[row, :, :, :, :])
         mean = jnp.sum(squares.reshape(-1)) / squares.size
         x = x / jnp.sqrt(mean + eps) * norm_ref[0][own, :, :, :]
+    store([words_ref, scale_ref, sums_ref], x, row, first, dtype, order)
+
+
+def store(
+    refs: Sequence[Any],
+    x: Float[Array, "N 2 4 4"],
+    row: Array,
+    first: Array,
+    dtype: str,
+    order: Order,
+):
+    """Write groups that a kernel has computed into their row.
+
+    Args:
+      refs: of the arrays of `shapes`.
+      x: halves of groups, their words, the values of a word.
+      row: where.
+      first: of the groups, which follow each other.
+      dtype: one of LIMBS.
+      order: of the groups and words.
+    """
+    words_ref, scale_ref, sums_ref = refs
+    place = order.place(first + jnp.arange(len(x)), scale_ref.shape[1])
     x = x.astype(dtype).astype(jnp.float32)
     power = power_above(jnp.max(jnp.max(jnp.max(jnp.abs(x), -1), -1), -1))
     for limb, words in enumerate(cut(x, power[:, None, None, None], LIMBS[dtype])):
-        words, word = words.reshape(at_once, 8), jnp.arange(8)[None]
+        words, word = words.reshape(len(x), 8), jnp.arange(8)[None]
         if order.by_word:
             words_ref[row, limb, word, place[:, None]] = words
         else:
@@ -148,44 +170,6 @@ def _kernel(
     scale_ref[row, place] = power / unit(LIMBS[dtype])
     half = jnp.arange(2)[None]
     sums_ref[row, place[:, None], half] = jnp.sum(jnp.sum(x, -1), -1)
-
-
-def store(
-    refs: Sequence[Any],
-    parts: Sequence[Float[Array, "N"]],
-    row: Array,
-    group: Array,
-    dtype: str,
-    order: Order,
-):
-    """Write a group that a kernel has computed into its row.
-
-    Args:
-      refs: of the arrays of `shapes`.
-      parts: of the group's values, 4 or more each.
-      row: where.
-      group: which.
-      dtype: one of LIMBS.
-      order: of the groups and words.
-    """
-    words_ref, scale_ref, sums_ref = refs
-    place = order.place(group, scale_ref.shape[1])
-    parts = [part.astype(dtype).astype(jnp.float32) for part in parts]
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(part)) for part in parts])
-    power, limbs = power_above(largest), LIMBS[dtype]
-    scale_ref[row, place] = power / unit(limbs)
-    size = len(parts[0]) // 4
-    for number, part in enumerate(parts):
-        own = pl.ds(number * size, size)
-        for limb, words in enumerate(cut(part.reshape(size, 4), power, limbs)):
-            if order.by_word:
-                words_ref[row, limb, own, place] = words
-            else:
-                words_ref[row, limb, place, own] = words
-    of_half = [(jnp.arange(4 * size) + i * 4 * size) // 16 for i in range(len(parts))]
-    for half in range(2):
-        own = [jnp.where(of_half[i] == half, part, 0) for i, part in enumerate(parts)]
-        sums_ref[row, place, half] = functools.reduce(jnp.add, map(jnp.sum, own))
 
 
 def unit(limbs: int) -> float:
@@ -229,27 +213,33 @@ def cut(
 
 
 def dot(
-    w: UInt32[Array, "..."], limbs: list[UInt32[Array, "..."]], interpret: bool
-) -> list[Int[Array, "..."]]:
-    """Return the products of words of four signed bytes with those of each limb.
+    w: UInt32[Array, "*shape N"],
+    limbs: list[UInt32[Array, "*_ N"]],
+    interpret: bool,
+    signed: bool = True,
+) -> list[Int[Array, "*shape"]]:
+    """Return the sums of the products of N words with those of each limb.
 
     Only within a kernel.  The first two limbs come back as one number, the third by
-    itself: the three as one would not fit.
+    itself: the three as one would not fit.  A thread should have all N words.
 
     Args:
-      w: of the weights.
+      w: of the weights, four bytes each.
       limbs: of the activations, broadcast to the shape of `w`.
       interpret: whether the kernel is interpreted, which has no such instruction.
+      signed: whether the weights' bytes are.
     """
-    if interpret:
-        parts = [_bytewise(w, limb) for limb in limbs]
-        return [parts[0] * 256 + parts[1], *parts[2:]]
-    first = assembly(
-        "{.reg .b32 t; dp4a.s32.s32 t, $1, $2, 0; shl.b32 t, t, 8;"
-        " dp4a.s32.s32 $0, $1, $3, t;}",
-        w, *limbs[:2],
-    )  # fmt: skip
-    return [first, *(assembly("dp4a.s32.s32 $0, $1, $2, 0;", w, x) for x in limbs[2:])]
+    count = w.shape[-1]
+    words = [
+        [word.reshape(array.shape[:-1]) for word in jnp.split(array, count, axis=-1)]
+        for array in (w, *limbs)
+    ]
+    sums = [jnp.zeros(w.shape[:-1], jnp.int32) for _ in limbs]
+    # One after the other: the sum is an operand of the next instruction.
+    for word, *x in zip(*words, strict=True):
+        sums = add_dot(sums, word, x, interpret, signed)
+    high, low, *rest = sums
+    return [high * 256 + low, *rest]
 
 
 def add_dot(
@@ -257,11 +247,17 @@ def add_dot(
     w: UInt32[Array, "..."],
     limbs: list[UInt32[Array, "..."]],
     interpret: bool,
+    signed: bool = True,
 ) -> list[Int[Array, "..."]]:
-    """Return `sums`, one for each limb, with the products of `dot` added."""
+    """Return `sums`, one for each limb, with the products of a word's bytes added.
+
+    The other arguments are those of `dot`.
+    """
     if interpret:
-        return [so_far + _bytewise(w, x) for so_far, x in zip(sums, limbs, strict=True)]
-    code = "dp4a.s32.s32 $0, $1, $2, $3;"
+        of_weight = _bytes(w, jnp.int8 if signed else jnp.uint8)
+        products = [of_weight * _bytes(x, jnp.int8) for x in limbs]
+        return [s + jnp.sum(p, -1) for s, p in zip(sums, products, strict=True)]
+    code = f"dp4a.{'s32' if signed else 'u32'}.s32 $0, $1, $2, $3;"
     return [assembly(code, w, x, so_far) for so_far, x in zip(sums, limbs, strict=True)]
 
 
@@ -311,9 +307,8 @@ def in_turn(
     return add(steps - 1, *carry)
 
 
-def _bytewise(w, x):
-    w, x = (jax.lax.bitcast_convert_type(a, jnp.int8).astype(jnp.int32) for a in (w, x))
-    return jnp.sum(w * x, -1)
+def _bytes(words: Array, dtype: Any) -> Array:
+    return jax.lax.bitcast_convert_type(words, dtype).astype(jnp.int32)
 
 
 def assembly(code: str, *operands: Array) -> Array:

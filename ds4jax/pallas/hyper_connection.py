@@ -148,11 +148,10 @@ def _input_kernel(
     read = jnp.minimum(row, width - 1)
     m, d = streams_ref.shape[1:]
     # On their way while the maps are added up.
-    streams, norm = [streams_ref[read, at, :] for at in range(m)], norm_ref[:]
+    streams, norm = streams_ref[read, :, :], norm_ref[:]
     refs = maps_ref, squares_ref, base_ref, scale_ref
     pre = jax.nn.sigmoid(_map(refs, row, 0, jnp.arange(m), c, m * d)) + c.hc_eps
-    weights = [jnp.sum(jnp.where(jnp.arange(m) == at, pre, 0)) for at in range(m)]
-    x = sum(weight * stream for weight, stream in zip(weights, streams, strict=True))
+    x = jnp.sum(pre[:, None] * streams, 0)
     mean = jnp.sum(x * x) / d
     out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm
 

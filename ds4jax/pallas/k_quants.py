@@ -72,7 +72,6 @@ def multiply(
     words_ref, scale_ref, sums_ref = x
     limbs, levels, chunks = words_ref.shape[1:4]
     units = min(chunks & -chunks, _CHUNKS)
-    mask = np.uint32(0x01010101 * (2**bits - 1))
 
     def load(step):
         own = pl.ds(step * units, units)
@@ -103,10 +102,10 @@ def multiply(
             d, *dmin = (block.astype(jnp.float32) for block in blocks)
             product = minimum = jnp.zeros((height, units), jnp.float32)
             for level, (times, least) in enumerate(unpack(scales)):
-                w = quants >> (bits * level) & mask
-                parts = [
-                    jnp.sum(p, -1) * times for p in dot(w, words[level], interpret)
-                ]
+                # Where a level's bits are is divided out of the sums, not the words.
+                mask = np.uint32(0x01010101 * ((2**bits - 1) << bits * level))
+                parts = dot(quants & mask, words[level], interpret, signed=bits == 8)
+                parts = [(part >> bits * level) * times for part in parts]
                 product += total(parts) * scale[level]
                 if dmin:
                     minimum += least.astype(jnp.float32) * sums[level]

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import experts, f16, q8_0
-from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas import experts, plain, q8_0
+from ds4jax.pallas.fixed_point import FixedPoint, fix
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
 
@@ -114,18 +114,20 @@ def _dense_kernel(
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:
     """Return the kernel of `by_kernel` for weights of one format, if there is one."""
     packed = [w for w in weights if _is_q8_0(w)]
-    halves = [
-        w for w in weights if not isinstance(w, QuantTensor) and w.dtype == jnp.float16
+    # A float32 weight would have to be rounded to any other operand type.
+    served = ("float16", dtype) if dtype == "float32" else ("float16",)
+    floats = [
+        w for w in weights if not isinstance(w, QuantTensor) and w.dtype in served
     ]
     if len(packed) == len(weights):
 
         def multiply(x: Array, width: int) -> tuple[Array, ...]:
             return q8_0.matvecs(fix(x, dtype), packed, width)
 
-    elif len(halves) == len(weights):
+    elif len(floats) == len(weights):
 
         def multiply(x: Array, width: int) -> tuple[Array, ...]:
-            return f16.matvecs(x.astype(dtype), halves, width)
+            return plain.matvecs(x.astype(dtype), floats, width)
 
     else:
         return None
@@ -158,11 +160,29 @@ def grouped_matmul(
     product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
 
     def kernel(rows, x):
-        assert _is_q8_0(w)
-        x = fix(x.reshape(-1, width), dtype)
-        return q8_0.matvec(x, w, groups, rows)[None]
+        return grouped_product(fix(x.reshape(-1, width), dtype), w, groups, rows)[None]
 
-    return by_rows(product, x, cuda=kernel if _is_q8_0(w) else None)
+    return by_rows(product, x, cuda=kernel if takes_fixed_point(w) else None)
+
+
+def takes_fixed_point(w: Weight) -> bool:
+    """Say whether `grouped_product` is for this weight."""
+    return _is_q8_0(w)
+
+
+def grouped_product(
+    x: FixedPoint, w: Weight, groups: int, width: int
+) -> Float[Array, "R G Out"]:
+    """Return `grouped_matmul` of rows in fixed point, on a GPU.
+
+    Args:
+      x: R * groups rows of In, the groups of a row one after the other.
+      w: [groups * Out, In], of which `takes_fixed_point`.
+      groups: how many.
+      width: how many of the R rows, the first ones, are not copies.
+    """
+    assert _is_q8_0(w)
+    return q8_0.matvec(x, w, groups, width)
 
 
 def expert_matmul(

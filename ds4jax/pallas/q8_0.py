@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
-from ds4jax.pallas.fixed_point import FixedPoint, add_dot, total
+from ds4jax.pallas.fixed_point import FixedPoint, dot, total
 from ds4jax.quant import QuantTensor
 
 
@@ -130,7 +130,7 @@ def _kernel(
                     for limb in range(words_ref.shape[1])
                 ]
                 scale = scale_ref[at, columns][None]
-                parts = _dot(quants, limbs, interpret)
+                parts = [jnp.sum(p, -1) for p in dot(quants, limbs, interpret)]
                 added.append(so_far + total(parts) * (d * scale))
             return tuple(added)
 
@@ -140,17 +140,3 @@ def _kernel(
         write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
 
     for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)
-
-
-def _dot(quants, limbs, interpret):
-    """Return what `fixed_point.dot` gives for groups, summed over each."""
-    # Four words of a thread after one another: their sum takes no more instructions.
-    words = [
-        [word.reshape(array.shape[:-1]) for word in jnp.split(array, 4, axis=-1)]
-        for array in (quants, *limbs)
-    ]
-    sums = [jnp.zeros(words[0][0].shape, jnp.int32) for _ in limbs]
-    for w, *x in zip(*words, strict=True):
-        sums = add_dot(sums, w, x, interpret)
-    high, low, *rest = sums
-    return [jnp.sum(part, -1) for part in (high * 256 + low, *rest)]

@@ -1,7 +1,8 @@
-"""Products of a few rows with float16 weights, on NVIDIA GPUs.
+"""Products of a few rows with float16 or float32 weights, on NVIDIA GPUs.
 
-Operands and sums are float32: the weights are those of routers, hyper-connections,
-compressors and indexers.  Each row's sum has one order, fixed by the weight's shape.
+Sums are float32.  The weights are a plan's plain ones: those of routers,
+hyper-connections, compressors and indexers.  Each row's sum has one order, fixed by the
+weight's shape.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Float16
+from jaxtyping import Array, Float
 
 from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
 
 
 def matvec(
     x: Float[Array, "R In"],
-    w: Float16[Array | np.ndarray, "Out In"],
+    w: Float[Array | np.ndarray, "Out In"],
     width: int | None = None,
     *,
     interpret: bool = False,
     tile: tuple[int, int, int] | None = None,
 ) -> Float[Array, "R Out"]:
-    """Return the products of rows with a float16 weight, float32; as `matvecs`."""
+    """Return the products of rows with a weight, float32; as `matvecs`."""
     (out,) = matvecs(x, [w], width, interpret=interpret, tile=tile)
     return out
 
 
 def matvecs(
     x: Float[Array, "R In"],
-    weights: Sequence[Float16[Array | np.ndarray, "_ In"]],
+    weights: Sequence[Float[Array | np.ndarray, "_ In"]],
     width: int | None = None,
     *,
     interpret: bool = False,
@@ -61,7 +62,7 @@ def matvecs(
         out_shape=tuple(jax.ShapeDtypeStruct((len(x), n), jnp.float32) for n in outs),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name=f"f16_{width or len(x)}x{'_'.join(map(str, outs))}x{k}",
+        name=f"plain_{width or len(x)}x{'_'.join(map(str, outs))}x{k}",
     )(x, *weights)
 
 
