@@ -22,13 +22,14 @@ from kernel_case import DTYPE, Case, choice, normal
 from ds4jax import schema, synthetic
 from ds4jax.config import CSA_RATIO, ModelConfig, QuantPlan
 from ds4jax.model import cache
-from ds4jax.model.attention import Attention, Source
+from ds4jax.model.attention import Attention, Source, attend
 from ds4jax.model.cache import DECODE_ROWS, Rows
 from ds4jax.model.compressor import Compressor
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
+from ds4jax.model.rope import rotate
 from ds4jax.pallas import attention, compressor, hyper_connection, indexer, router
 from ds4jax.pallas.fixed_point import LIMBS, cut, fix, power_above, unit
 from ds4jax.pallas.passes import DecodePass, Pass, within
@@ -208,17 +209,26 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
             visible = jnp.ones((1, DECODE_ROWS, used or compressed), bool)
             sources.append(Source(normal(3, 1, compressed, k), visible, index))
         query = normal(0, 1, DECODE_ROWS, CONFIG.heads, k)
-        return weights(DENSE, "attn_sinks"), query, sources, place(context)
+        own = weights(DENSE, "attn_sinks", "attn_output_a")
+        return own, query, sources, place(context)
 
     def run(width, own, query, sources, start):
         positions = decode_rows(start, width).positions
         return dense_attention(own)._attend(query, sources, positions)
 
+    def xla(own, query, sources, start):
+        sinks, seen = own["attn_sinks.weight"], [source.seen() for source in sources]
+        positions = decode_rows(start, 1).positions[..., None]
+        heads, table = attend(query, seen, sinks, DTYPE), dense_attention(own).table
+        return rotate(heads, positions, table, inverse=True)
+
     def nbytes(width, *operands):
         rows = window + (min(width * used, compressed) if used else compressed)
         return (rows * k + width * HEADS) * FLOAT
 
-    return part(attention, what, draw, run, nbytes)
+    # The product that its result goes into has lines of its own.
+    case = part(attention, what, draw, run, nbytes, others=("q8_0",))
+    return dataclasses.replace(case, xla=xla)
 
 
 def routed() -> Case:

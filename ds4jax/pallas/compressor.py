@@ -124,18 +124,26 @@ def _kernel(
         chunk = min(_CHUNK, pooled)
 
         def add(step, so_far):
-            positions = first + step * chunk + jnp.arange(chunk)
+            begin = first + step * chunk
+            positions = begin + jnp.arange(chunk)
             # The previous window speaks through the first half of the channels.
             shift = jnp.where(positions >= index * ratio, overlap, 0)
             column = shift[:, None] + jnp.arange(width)[None]
-            is_new = (positions >= start)[:, None]
             exists = (positions >= 0)[:, None]
-            new = jnp.maximum(positions - start, 0)[:, None]
-            old = jnp.maximum(positions, 0)[:, None]
-            place, slot = jax.lax.rem(old, ratio), jax.lax.rem(old, size)
-            value = jnp.where(is_new, value_ref[new, column], ring_ref[slot, 0, column])
-            gate = gate_ref[new, column] + ape_ref[place, column].astype(jnp.float32)
-            gate = jnp.where(is_new, gate, ring_ref[slot, 1, column])
+            at = jnp.maximum(positions, 0)[:, None]
+            slot = jax.lax.rem(at, size)
+            kept = ring_ref[slot, 0, column], ring_ref[slot, 1, column]
+
+            def with_new():
+                new, place = jnp.maximum(at - start, 0), jax.lax.rem(at, ratio)
+                ape = ape_ref[place, column].astype(jnp.float32)
+                found = value_ref[new, column], gate_ref[new, column] + ape
+                is_new = (positions >= start)[:, None]
+                return tuple(map(functools.partial(jnp.where, is_new), found, kept))
+
+            # Few of a long window's chunks have rows of the pass, and reading is slow.
+            has_new = begin + chunk > start
+            value, gate = jax.lax.cond(has_new, with_new, lambda: kept)
             value, gate = jnp.where(exists, value, 0), jnp.where(exists, gate, -jnp.inf)
 
             peak, total, summed = so_far
