@@ -82,7 +82,7 @@ def _k_quant(
 
 
 FORMATS = {
-    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (8, 1, 16, 2)),
+    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (4, 2, 16, 2)),
     "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (4, 4, 8, 4)),
     "Q4_K": _k_quant(
         4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (4, 4, 8, 4)
