@@ -1,4 +1,4 @@
-"""What `kernels.py` measures: something that a kernel and XLA both compute."""
+"""What `kernel_times.py` measures: something that a kernel and XLA both compute."""
 
 from __future__ import annotations
 

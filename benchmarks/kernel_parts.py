@@ -1,4 +1,4 @@
-"""The kernels of decode passes that are not products, as cases of `kernels.py`.
+"""The kernels of decode passes that are not products, as cases of `kernel_times.py`.
 
 A case is the function of the model that a kernel serves, with weights and a state as
 DeepSeek-V4-Flash has them.  What it is compared with is the same function when the

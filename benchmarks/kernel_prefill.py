@@ -1,4 +1,4 @@
-"""The kernels of prefill, as cases of `kernels.py`: 4,096 rows after as many others.
+"""The kernels of prefill, for `kernel_times.py`: 4,096 rows after as many others.
 
 As in `kernel_parts.py`, a case is a function of the model with and without its kernel.
 """

@@ -1,4 +1,4 @@
-"""The products that decode passes of DeepSeek-V4-Flash make, as cases of `kernels.py`.
+"""The products of decode passes of DeepSeek-V4-Flash, as cases of `kernel_times.py`.
 
 A case is what one launch multiplies, a weight or several of the same input: dense ones,
 and those of experts, six for each row and all different.

@@ -9,8 +9,11 @@ all that it launches for the eight rows that a decode pass has, which is what a 
 is there instead of.  Bytes are of what has to be read: weights, rows of the state that
 are seen, activations.  `error` is of products, against float64, relative to the norm.
 
+(A file called `kernels.py` would be what transformers, in `peer.py`, takes for the
+package of that name.)
+
 Example:
-    python benchmarks/kernels.py --out=benchmarks/results/flash/kernels.csv
+    python benchmarks/kernel_times.py --out=benchmarks/results/flash/kernels.csv
 """
 
 from __future__ import annotations
