@@ -22,14 +22,13 @@ from kernel_case import DTYPE, Case, choice, normal
 from ds4jax import schema, synthetic
 from ds4jax.config import CSA_RATIO, ModelConfig, QuantPlan
 from ds4jax.model import cache
-from ds4jax.model.attention import Attention, Source, attend
+from ds4jax.model.attention import Attention, Source
 from ds4jax.model.cache import DECODE_ROWS, Rows
 from ds4jax.model.compressor import Compressor
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
-from ds4jax.model.rope import rotate
 from ds4jax.pallas import attention, compressor, hyper_connection, indexer, router
 from ds4jax.pallas.fixed_point import LIMBS, cut, fix, power_above, unit
 from ds4jax.pallas.passes import DecodePass, Pass, within
@@ -217,10 +216,8 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
         return dense_attention(own)._attend(query, sources, positions)
 
     def xla(own, query, sources, start):
-        sinks, seen = own["attn_sinks.weight"], [source.seen() for source in sources]
-        positions = decode_rows(start, 1).positions[..., None]
-        heads, table = attend(query, seen, sinks, DTYPE), dense_attention(own).table
-        return rotate(heads, positions, table, inverse=True)
+        positions = decode_rows(start, 1).positions
+        return dense_attention(own)._heads(query, sources, positions)
 
     def nbytes(width, *operands):
         rows = window + (min(width * used, compressed) if used else compressed)

@@ -39,12 +39,7 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import long_attention
-from ds4jax.pallas.matmul import (
-    einsum,
-    grouped_matmul,
-    grouped_product,
-    takes_fixed_point,
-)
+from ds4jax.pallas.matmul import einsum, grouped_kernel, grouped_matmul
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
 
@@ -264,26 +259,27 @@ class Attention(nnx.Module):
     def _attend(self, query, sources, positions):
         """Return the first map of what each head makes of all sources."""
         c, sinks = self.config, self.sinks.get_value()
-        weight = self.output_a.get_value()
+        multiply = grouped_kernel(self.output_a.get_value(), c.o_groups)
 
         def over_all(query, sources, positions):
-            heads = attend(query, [source.seen() for source in sources], sinks, c.dtype)
-            table = self.table
-            return self._project(
-                rotate(heads, positions[..., None], table, inverse=True)
-            )
+            return self._project(self._heads(query, sources, positions))
 
         def kernel(width, query, sources, positions):
+            assert multiply
             turned = turn(positions, self.table, inverse=True)
             operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
             query, sources, turned = operands
-            groups = c.o_groups
-            x = pallas.attend(query, sources, sinks, turned, c.dtype, groups, width)
-            return grouped_product(x, weight, groups, width)[None]
+            x = pallas.attend(query, sources, sinks, turned, c.dtype, c.o_groups, width)
+            return multiply(width, x)
 
-        served = self._is_served(sources) and takes_fixed_point(weight)
-        cuda = kernel if served else None
+        cuda = kernel if multiply and self._is_served(sources) else None
         return by_kernel(over_all, query, sources, positions, cuda=cuda)
+
+    def _heads(self, query, sources, positions):
+        """Return what each head makes of all sources, rotated back."""
+        seen, sinks = [source.seen() for source in sources], self.sinks.get_value()
+        heads = attend(query, seen, sinks, self.config.dtype)
+        return rotate(heads, positions[..., None], self.table, inverse=True)
 
     def _project(self, heads):
         """Return the first, grouped, of the two maps of the output."""

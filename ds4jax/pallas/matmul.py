@@ -114,8 +114,8 @@ def _dense_kernel(
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:
     """Return the kernel of `by_kernel` for weights of one format, if there is one."""
     packed = [w for w in weights if _is_q8_0(w)]
-    # A float32 weight would have to be rounded to any other operand type.
-    served = ("float16", dtype) if dtype == "float32" else ("float16",)
+    # A float32 weight would have to be rounded to another operand type.
+    served = ["float16", "float32"] if dtype == "float32" else ["float16"]
     floats = [
         w for w in weights if not isinstance(w, QuantTensor) and w.dtype in served
     ]
@@ -159,30 +159,28 @@ def grouped_matmul(
     values = dequantize(w).reshape(groups, -1, width)
     product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
 
+    multiply = grouped_kernel(w, groups)
+
     def kernel(rows, x):
-        return grouped_product(fix(x.reshape(-1, width), dtype), w, groups, rows)[None]
+        assert multiply
+        return multiply(rows, fix(x.reshape(-1, width), dtype))
 
-    return by_rows(product, x, cuda=kernel if takes_fixed_point(w) else None)
-
-
-def takes_fixed_point(w: Weight) -> bool:
-    """Say whether `grouped_product` is for this weight."""
-    return _is_q8_0(w)
+    return by_rows(product, x, cuda=multiply and kernel)
 
 
-def grouped_product(
-    x: FixedPoint, w: Weight, groups: int, width: int
-) -> Float[Array, "R G Out"]:
-    """Return `grouped_matmul` of rows in fixed point, on a GPU.
+def grouped_kernel(w: Weight, groups: int) -> Callable[[int, FixedPoint], Array] | None:
+    """Return what multiplies rows in fixed point by groups, if there is a kernel.
+
+    It is given how many of R rows, the first ones, are not copies, and R * groups rows
+    of In, the groups of a row one after the other, and returns [1, R, groups, Out].
 
     Args:
-      x: R * groups rows of In, the groups of a row one after the other.
-      w: [groups * Out, In], of which `takes_fixed_point`.
+      w: [groups * Out, In].
       groups: how many.
-      width: how many of the R rows, the first ones, are not copies.
     """
-    assert _is_q8_0(w)
-    return q8_0.matvec(x, w, groups, width)
+    if not _is_q8_0(w):
+        return None
+    return lambda width, x: q8_0.matvec(x, w, groups, width)[None]
 
 
 def expert_matmul(
