@@ -107,13 +107,13 @@ def gated(format: str, what: str, of_down: str, count: int = EXPERTS) -> Case:
     )  # fmt: skip
 
 
-def down(format: str, what: str, count: int = EXPERTS) -> Case:
+def down(format: str, what: str) -> Case:
     """Return the case of `experts.matvec`, as `gated`."""
 
     def draw():
-        ids = chosen(count)
+        ids = chosen(EXPERTS)
         x = normal(0, *ids.shape, FFN, dtype=DTYPE)
-        return x, random_weight(1, format, (count, HIDDEN, FFN)), ids
+        return x, random_weight(1, format, (EXPERTS, HIDDEN, FFN)), ids
 
     def run(width, x, w, ids):
         x = fix(x.reshape(-1, FFN), DTYPE, experts.FORMATS[format].order)
@@ -179,7 +179,7 @@ CASES = [
     dense("F16", "indexer heads", [64], 4096),
     dense("F16", "router", [256], 4096),
     gated("Q8_0", "shared gate, up", "Q8_0", 1),
-    down("Q8_0", "shared down", 1),
+    dense("Q8_0", "shared down", [4096], 2048),
     gated("IQ2_XXS", "expert gate, up", "Q2_K"),
     down("Q2_K", "expert down"),
     gated("Q4_K", "expert gate, up", "Q4_K"),

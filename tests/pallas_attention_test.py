@@ -15,41 +15,36 @@ from ds4jax.pallas import attention
 GROUPS = 2
 
 
+EPS = 1e-6
+
+
 @pytest.fixture(scope="module")
-def turns():
-    """Rotations of ROWS rows of 64 channels, half of them rotated, and back."""
-    table = frequencies(
-        models.micro_config(rope_dim=32, index_dim=32), compressed=False
-    )
+def turned():
+    """Positions of ROWS rows, and the rotations of 32 channels there."""
+    config = models.micro_config(rope_dim=32, index_dim=32)
+    table = frequencies(config, compressed=False)
     positions = jnp.arange(ROWS)[None] * 37
-    both = [turn(positions[0], table, inverse) for inverse in (False, True)]
-    return positions, table, *both
+    return positions, table, turn(positions[0], table)
 
 
-def test_preparing_queries_and_rows(turns):
-    positions, table, there, _ = turns
-    query, row, norm = normal(0, ROWS, 16, 64), normal(1, ROWS, 64), normal(2, 64)
+def test_preparing_rows(turned):
+    positions, table, there = turned
+    row, norm = normal(1, ROWS, 64), normal(2, 64)
 
-    def run(query, row, width):
-        at = {"turn": there, "width": width, "interpret": True}
-        queries = attention.prepare_queries(query, 1e-6, **at)
-        return queries, attention.prepare_rows(row, norm, 1e-6, **at)
+    def run(row, width):
+        return attention.prepare_rows(row, norm, EPS, there, width, interpret=True)
 
-    whole = run(query, row, None)
-    expected = rotate(rms(query, 1e-6), positions[0, :, None], table)
-    np.testing.assert_allclose(whole[0], expected, rtol=1e-5, atol=1e-6)
-    expected = rotate(rms(row, 1e-6) * norm, positions[0], table)
-    np.testing.assert_allclose(whole[1], expected, rtol=1e-5, atol=1e-6)
+    whole = run(row, None)
+    expected = rotate(rms(row, EPS) * norm, positions[0], table)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
     for width in (1, 2, 5):
-        spoilt = query.at[width:].set(jnp.nan), row.at[width:].set(jnp.nan)
-        for of_some, of_all in zip(run(*spoilt, width), whole, strict=True):
-            assert_copies(of_some, of_all, width)
+        assert_copies(run(row.at[width:].set(jnp.nan), width), whole, width)
 
 
 @DTYPES
-def test_attention(turns, dtype):
+def test_attention(turned, dtype):
     """Rows that all queries see and rows that each chose, parts of them invisible."""
-    positions, table, _, back = turns
+    positions, table, there = turned
     query, sinks = normal(0, ROWS, 16, 64), normal(1, 16)
     draw = np.random.default_rng(2)
     seen = draw.random((2, ROWS, 64)) < 0.4
@@ -69,13 +64,14 @@ def test_attention(turns, dtype):
 
     def run(query, width):
         found = attention.attend(
-            query, sources, sinks, back, dtype, GROUPS, width, interpret=True
+            query, sources, sinks, there, EPS, dtype, GROUPS, width, interpret=True
         )
         value, _ = read(found)
         return value.reshape(ROWS, 16, 64)
 
     named = [Source(*jax.tree.map(lambda a: a[None], source)) for source in sources]
-    expected = attend(query[None], [source.seen() for source in named], sinks, dtype)
+    ready = rotate(rms(query[None], EPS), positions[..., None], table)
+    expected = attend(ready, [source.seen() for source in named], sinks, dtype)
     expected = rotate(expected, positions[..., None], table, inverse=True)
     whole = run(query, None)
     # Weights are rounded to bfloat16 before and after they are scaled by the peak.

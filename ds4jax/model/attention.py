@@ -155,7 +155,6 @@ class Attention(nnx.Module):
         q_lora, row = project(x, self.q_a, self.kv)
         query = project_normed(q_lora, self.q_norm, self.q_b)
         query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
-        query = self._prepare_queries(query, rows.positions)
         row = self._prepare_rows(row, rows.positions)
 
         view, raw = extend(cache and cache.raw, row, rows)
@@ -179,6 +178,7 @@ class Attention(nnx.Module):
                 sources.append(Source(compressed, visible))
 
         if has_blocks(rows):
+            query = self._prepare_queries(query, rows.positions)
             heads = self._attend_long(query, view, sources[1:], chosen, rows)
             low = self._project(heads)
         else:
@@ -227,17 +227,8 @@ class Attention(nnx.Module):
 
     def _prepare_queries(self, query, positions):
         """Norm and rotate queries [B, T, H, K]."""
-        eps = self.config.rms_eps
-
-        def prepare(query, positions):
-            return rotate(rms(query, eps), positions[..., None], self.table)
-
-        def kernel(width, query, positions):
-            query, turned = self._operands(query, positions)
-            return pallas.prepare_queries(query, eps, turned, width)[None]
-
-        cuda = kernel if self._is_served([]) else None
-        return by_kernel(prepare, query, positions, cuda=cuda)
+        query = rms(query, self.config.rms_eps)
+        return rotate(query, positions[..., None], self.table)
 
     def _prepare_rows(self, row, positions):
         """Norm and rotate the rows [B, T, K] that are to be kept."""
@@ -247,30 +238,31 @@ class Attention(nnx.Module):
 
         def kernel(width, row, positions):
             norm, eps = self.kv_norm.weight.get_value(), self.config.rms_eps
-            row, turned = self._operands(row, positions)
-            return pallas.prepare_rows(row, norm, eps, turned, width)[None]
+            turned = turn(positions[0], self.table)
+            return pallas.prepare_rows(row[0], norm, eps, turned, width)[None]
 
         served = self.config.kv_rounding == "none" and self._is_served([])
         return by_kernel(prepare, row, positions, cuda=kernel if served else None)
 
-    def _operands(self, array, positions):
-        return jax.tree.map(lambda a: a[0], (array, turn(positions, self.table)))
-
     def _attend(self, query, sources, positions):
-        """Return the first map of what each head makes of all sources."""
+        """Return the first map of what each head makes of all sources.
+
+        The queries are neither normed nor rotated yet.
+        """
         c, sinks = self.config, self.sinks.get_value()
         multiply = grouped_kernel(self.output_a.get_value(), c.o_groups)
 
         def over_all(query, sources, positions):
+            query = self._prepare_queries(query, positions)
             return self._project(self._heads(query, sources, positions))
 
         def kernel(width, query, sources, positions):
             assert multiply
-            turned = turn(positions, self.table, inverse=True)
+            turned = turn(positions, self.table)
             operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
             query, sources, turned = operands
-            x = pallas.attend(query, sources, sinks, turned, c.dtype, c.o_groups, width)
-            return multiply(width, x)
+            sizes = c.rms_eps, c.dtype, c.o_groups, width
+            return multiply(width, pallas.attend(query, sources, sinks, turned, *sizes))
 
         cuda = kernel if multiply and self._is_served(sources) else None
         return by_kernel(over_all, query, sources, positions, cuda=cuda)

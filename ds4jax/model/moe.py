@@ -23,6 +23,7 @@ from ds4jax.pallas.matmul import (
     experts_by_kernel,
     experts_in_groups,
     has_expert_kernels,
+    shared_expert_kernel,
 )
 from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
 from ds4jax.quant import dequantize
@@ -70,33 +71,18 @@ class MoE(nnx.Module):
         chosen, share = self.route(x, tokens)
         kernel = self._by_kernel if has_expert_kernels(*self._stacks()) else None
         out = by_rows(self._routed, x, chosen, share, cuda=kernel)
-        kernel = self._shared_by_kernel
-        if not has_expert_kernels(*self._shared_weights()):
-            kernel = None
-        return out + by_kernel(self._shared, x, cuda=kernel), chosen
+        return out + self._shared(x), chosen
 
     def _stacks(self):
         return [w.get_value() for w in (self.gate, self.up, self.down)]
 
-    def _shared_weights(self):
-        linears = self.shared_gate, self.shared_up, self.shared_down
-        return [linear.weight.get_value() for linear in linears]
-
     def _shared(self, x):
-        activate = _swiglu(self.config.swiglu_limit)
-        return self.shared_down(activate(self.shared_gate(x), self.shared_up(x)))
-
-    def _shared_by_kernel(self, width, x):
-        """Multiply the shared expert, as the only one there is to choose."""
-        stacks = jax.tree.map(lambda plane: plane[None], self._shared_weights())
-        chosen = jnp.zeros((x.shape[1], 1), jnp.int32)
-        return self._kernels(width, x, chosen, stacks)[None, :, 0]
-
-    def _kernels(self, width, x, chosen, stacks):
-        c = self.config
-        activate = _swiglu(c.swiglu_limit)
-        gate, up, down = stacks
-        return experts_by_kernel(x[0], gate, up, down, chosen, activate, c.dtype, width)
+        activate, dtype = _swiglu(self.config.swiglu_limit), self.config.dtype
+        gate, up, down = self.shared_gate, self.shared_up, self.shared_down
+        product = lambda x: down(activate(gate(x), up(x)))  # noqa: E731
+        weights = (linear.weight.get_value() for linear in (gate, up, down))
+        kernel = shared_expert_kernel(*weights, activate, dtype)
+        return by_kernel(product, x, cuda=kernel)
 
     def _routed(self, x, chosen, share):
         """Sum each row's chosen experts, whichever way takes less."""
@@ -114,7 +100,9 @@ class MoE(nnx.Module):
 
     def _by_kernel(self, width, x, chosen, share):
         """Sum each row's chosen experts, multiplied where they lie."""
-        out = self._kernels(width, x, chosen[0], self._stacks())
+        c = self.config
+        how = _swiglu(c.swiglu_limit), c.dtype, width
+        out = experts_by_kernel(x[0], *self._stacks(), chosen[0], *how)
         return jnp.sum(share[0, ..., None] * out, axis=1)[None]
 
     def route(

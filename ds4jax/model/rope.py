@@ -65,14 +65,14 @@ def rotate(
 
 
 def turn(
-    positions: Int[Array, "*rows"], frequencies: np.ndarray, inverse: bool = False
+    positions: Int[Array, "*rows"], frequencies: np.ndarray
 ) -> tuple[Float[Array, "*rows R"], Float[Array, "*rows R"]]:
     """Return what the kernels rotate by, a cosine and a sine for each channel.
 
     `rotate` makes of a channel that times the cosine plus the other channel of its pair
-    times the sine.
+    times the sine; minus that, to rotate back.
     """
     angle = positions[..., None].astype(jnp.float32) * frequencies
     sin = jnp.sin(angle)
-    signed = jnp.stack([sin, -sin] if inverse else [-sin, sin], axis=-1)
+    signed = jnp.stack([-sin, sin], axis=-1)
     return jnp.repeat(jnp.cos(angle), 2, axis=-1), signed.reshape(*angle.shape[:-1], -1)

@@ -1,10 +1,10 @@
 """Attention of a few rows over shared and over chosen rows, on NVIDIA GPUs.
 
-One launch norms and rotates queries and one, which need not wait for them, the rows.
-Then each source is cut into parts of a fixed size, and programs take a part each, for
-its softmax and its sums; one more launch puts the parts of all sources together in
-their order, rotates back and writes fixed point.  What is multiplied and in what order
-depends on the sources' sizes alone.
+One launch norms and rotates the rows that are to be kept.  Then each source is cut into
+parts of a fixed size, and programs take a part each, for its softmax and its sums, with
+queries that they norm and rotate themselves; one more launch puts the parts of all
+sources together in their order, rotates back and writes fixed point.  What is
+multiplied and in what order depends on the sources' sizes alone.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ _CHANNELS = 128
 _HEADS = 16
 """Query heads of a program that attends, the fewest that matrix units take."""
 
-_HEADS_TO_PREPARE = 4
-"""Query heads of a program that norms and rotates."""
-
 
 Source = tuple[Float[Array, "_ K"], Bool[Array, "T _"], Int[Array, "T _"] | None]
 """Rows as of `model.attention.Source`, of one sequence."""
@@ -48,33 +45,6 @@ def serves(heads: int, k: int, rope_dim: int, sizes: list[int]) -> bool:
     few = sum(pl.cdiv(size, _PART) for size in sizes) <= _MOST_PARTS
     powers = all(size & (size - 1) == 0 for size in (k, rope_dim))
     return few and heads % _HEADS == 0 and powers and rope_dim >= GROUP
-
-
-def prepare_queries(
-    query: Float[Array, "T H K"],
-    eps: float,
-    turn: Turn,
-    width: int | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "T H K"]:
-    """Return queries normed by head and rotated.
-
-    Args:
-      query: what their projection gives.
-      eps: of the norm.
-      turn: the rotation.
-      width: how many rows, the first ones, are not copies of the last of these.
-      interpret: without a GPU.
-    """
-    return pl.pallas_call(
-        functools.partial(_queries_kernel, eps=eps, width=width or len(query)),
-        grid=(len(query), query.shape[1] // _HEADS_TO_PREPARE),
-        out_shape=jax.ShapeDtypeStruct(query.shape, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=2),
-        interpret=interpret,
-        name="attend_prepare_queries",
-    )(query, *turn)
 
 
 def prepare_rows(
@@ -91,7 +61,10 @@ def prepare_rows(
     Args:
       rows: what their projection gives.
       norm: weight of the norm.
-      eps, turn, width, interpret: as of `prepare_queries`.
+      eps: of the norm.
+      turn: the rotation.
+      width: how many rows, the first ones, are not copies of the last of these.
+      interpret: without a GPU.
     """
     return pl.pallas_call(
         functools.partial(_rows_kernel, eps=eps, width=width or len(rows)),
@@ -101,26 +74,6 @@ def prepare_rows(
         interpret=interpret,
         name="attend_prepare_rows",
     )(rows, norm, *turn)
-
-
-def _queries_kernel(
-    query_ref,  # [T, H, K]
-    cos_ref,  # [T, R]
-    sin_ref,  # [T, R]
-    out_ref,  # [T, H, K]
-    *, eps, width,
-):  # fmt: skip
-    row, first = pl.program_id(0), pl.program_id(1) * _HEADS_TO_PREPARE
-    read, own = jnp.minimum(row, width - 1), pl.ds(first, _HEADS_TO_PREPARE)
-    inverse = _inverse(query_ref[read, own, :], eps)[:, None]
-    heads = (first + jnp.arange(_HEADS_TO_PREPARE))[:, None]
-
-    def store(channels, value):
-        out_ref[row, own, channels] = value
-
-    turn = cos_ref[read, :], sin_ref[read, :]
-    load = lambda at: query_ref[read, heads, at[None]] * inverse  # noqa: E731
-    _rotate(load, store, query_ref.shape[2], turn)
 
 
 def _rows_kernel(
@@ -133,30 +86,16 @@ def _rows_kernel(
 ):  # fmt: skip
     row = pl.program_id(0)
     read = jnp.minimum(row, width - 1)
-    inverse = _inverse(rows_ref[read, :], eps)
-
-    def store(channels, value):
-        out_ref[row, channels] = value
-
-    turn = cos_ref[read, :], sin_ref[read, :]
+    (k,), (r,) = rows_ref.shape[1:], cos_ref.shape[1:]
+    x = rows_ref[read, :]
+    inverse = 1 / jnp.sqrt(jnp.sum(x * x) / k + eps)
     load = lambda at: rows_ref[read, at] * inverse * norm_ref[at]  # noqa: E731
-    _rotate(load, store, rows_ref.shape[1], turn)
-
-
-def _inverse(x, eps):
-    return 1 / jnp.sqrt(jnp.sum(x * x, -1) / x.shape[-1] + eps)
-
-
-def _rotate(load, store, k, turn):
-    """Store the K channels that `load(channels)` gives, the last R of them rotated."""
-    cos, sin = turn
-    (r,) = cos.shape
     # All loads come first: none may pass a store, and each would wait for the last.
     pieces = [load(at + jnp.arange(r)) for at in range(0, k, r)]
     other = load(k - r + (jnp.arange(r) ^ 1))
-    pieces[-1] = pieces[-1] * cos + other * sin
+    pieces[-1] = pieces[-1] * cos_ref[read, :] + other * sin_ref[read, :]
     for number, piece in enumerate(pieces):
-        store(pl.ds(number * r, r), piece)
+        out_ref[row, pl.ds(number * r, r)] = piece
 
 
 def attend(
@@ -164,19 +103,21 @@ def attend(
     sources: Sequence[Source],
     sinks: Float[Array, "H"],
     turn: Turn,
+    eps: float,
     dtype: str,
     groups: int,
     width: int | None = None,
     *,
     interpret: bool = False,
 ) -> FixedPoint:
-    """Return one softmax-weighted sum over all sources, rotated, for products.
+    """Return one softmax-weighted sum over all sources, rotated back, for products.
 
     Args:
-      query: rotated queries.
+      query: what their projection gives; normed by head and rotated here.
       sources: what they see.
       sinks: a logit per head that takes probability and gives no value.
-      turn: of the results.
+      turn: the queries' rotation.
+      eps: of their norm.
       dtype: operand type of the two products, and of those to come.
       groups: into how many parts the heads are cut for those.
       width: how many rows, the first ones, are not copies; there is nothing in the
@@ -194,7 +135,7 @@ def attend(
     call = functools.partial(pl.pallas_call, interpret=interpret)
     parts = call(
         functools.partial(
-            _part_kernel, ends=ends, dtype=dtype,
+            _part_kernel, ends=ends, eps=eps, dtype=dtype,
             chosen=[index is not None for _, _, index in sources],
         ),
         grid=(ends[-1], heads // _HEADS, width),
@@ -205,7 +146,7 @@ def attend(
         ),
         compiler_params=plgpu.CompilerParams(num_warps=8),
         name="attend_parts",
-    )(query, *jax.tree.leaves(sources))  # fmt: skip
+    )(query, *turn, *jax.tree.leaves(sources))  # fmt: skip
     found = call(
         functools.partial(_together_kernel, dtype=dtype, groups=groups),
         grid=(width, heads, k // turn[0].shape[1]),
@@ -218,14 +159,17 @@ def attend(
 
 def _part_kernel(
     query_ref,  # [T, H, K]
+    cos_ref,  # [T, R]
+    sin_ref,  # [T, R]
     *refs,  # of each source its rows, what is visible and, if chosen, the index; then
     # peak and total [parts, width, H], summed [parts, width, H, K]
-    ends, chosen, dtype,
+    ends, chosen, eps, dtype,
 ):  # fmt: skip
     part, row = pl.program_id(0), pl.program_id(2)
-    heads = pl.ds(pl.program_id(1) * _HEADS, _HEADS)
+    first = pl.program_id(1) * _HEADS
+    heads = pl.ds(first, _HEADS)
     *refs, peak_ref, total_ref, summed_ref = refs
-    refs, k = iter(refs), query_ref.shape[2]
+    refs, k, r = iter(refs), query_ref.shape[2], cos_ref.shape[1]
     size = min(k, _CHANNELS)
     blocks = range(0, k, size)
     product = functools.partial(
@@ -233,6 +177,18 @@ def _part_kernel(
         precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
         preferred_element_type=jnp.float32,
     )
+
+    def rotated(at, x):
+        channel = at + jnp.arange(size)
+        place = channel - (k - r)
+        if at + size <= k - r:
+            return x
+        of_pair = query_ref[row, first + jnp.arange(_HEADS)[:, None], channel[None] ^ 1]
+        angle = row, jnp.maximum(place, 0)
+        cos = jnp.where(place >= 0, cos_ref[angle], 1)
+        sin = jnp.where(place >= 0, sin_ref[angle], 0)
+        return x * cos[None] + of_pair * sin[None]
+
     for start, end, is_chosen in zip(ends, ends[1:], chosen, strict=False):
         rows_ref, visible_ref = next(refs), next(refs)
         index_ref = next(refs) if is_chosen else None
@@ -250,11 +206,15 @@ def _part_kernel(
                 return jnp.where(seen[:, None], found, 0).astype(dtype)
 
             held = [values(at) for at in blocks]
+            queries = [query_ref[row, heads, pl.ds(at, size)] for at in blocks]
+            squares = jnp.sum(sum(query * query for query in queries), -1)
             logits = jnp.zeros((_HEADS, _PART), jnp.float32)
-            for at, some in zip(blocks, held, strict=True):
-                query = query_ref[row, heads, pl.ds(at, size)].astype(dtype)
+            for at, query, some in zip(blocks, queries, held, strict=True):
+                query = rotated(at, query).astype(dtype)
                 logits += product(query, some, (((1,), (1,)), ((), ())))
-            logits = jnp.where(seen[None], logits * k**-0.5, -jnp.inf)
+            # The norm is a factor of a head's logits.
+            scale = k**-0.5 / jnp.sqrt(squares / k + eps)
+            logits = jnp.where(seen[None], logits * scale[:, None], -jnp.inf)
             # Finite, for parts of which nothing is visible.
             peak = jnp.maximum(jnp.max(logits, -1), -1e30)
             weight = jnp.exp(logits - peak[:, None])
@@ -304,4 +264,4 @@ def _together_kernel(
 
     @pl.when(block == pl.num_programs(2) - 1)
     def _turn():
-        write(load(0) * cos_ref[row, :] + load(1) * sin_ref[row, :])
+        write(load(0) * cos_ref[row, :] - load(1) * sin_ref[row, :])

@@ -243,6 +243,34 @@ def experts_by_kernel(
     return experts.matvec(hidden, down, expert_ids, width, interpret=interpret)
 
 
+def shared_expert_kernel(
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    activation: Callable[[Array, Array], Array],
+    dtype: str,
+) -> Callable[[int, Array], Array] | None:
+    """Return the kernel of `by_kernel` for `down activation(gate x, up x)`, if any.
+
+    Args:
+      gate, up, down: [F, In] twice and [Out, F].
+      activation: elementwise.
+      dtype: operand type.
+    """
+    if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
+        return None
+
+    def kernel(width: int, x: Array) -> Array:
+        # As the only one there is to choose; then once for all rows, for it is dense.
+        pair = jax.tree.map(lambda plane: plane[None], (gate, up))
+        ids = jnp.zeros((x.shape[1], 1), jnp.int32)
+        x = fix(x[0], dtype)
+        hidden = experts.gated(x, *pair, ids, activation, dtype, x.order, width)
+        return q8_0.matvec(hidden, down, width=width)[None, :, 0]
+
+    return kernel
+
+
 def experts_in_groups(w: Weight, experts: int) -> tuple[Weight, int]:
     """Reshape the planes of `w [E, ...]` to `[groups, E / groups, ...]`.
 
