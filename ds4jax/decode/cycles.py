@@ -164,7 +164,8 @@ def _speculate(model, carry, eos, decoding, guess) -> DecodeCarry:
     at = carry.length[:, None] + 1 + jnp.arange(block.shape[1])
     count = agreement(block, choose(out.logits, at, carry.rng, temperature))
     # ds4 then decodes the first token alone: the same, when its rows are independent.
-    usable = valid & (lead >= mode.margin)
+    # A lead is 0 at least, and to find one is to sort the head's logits.
+    usable = valid & (lead >= mode.margin) if mode.margin else valid
     carry, count = commit(carry, out, block, jnp.where(usable, count, 1), eos, decoding)
     place = jnp.arange(MAX_DEPTH)
     drafted = place < jnp.minimum(decoding.depth, most - 1)[:, None]

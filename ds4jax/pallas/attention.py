@@ -29,6 +29,9 @@ _MOST_PARTS = 64
 _CHANNELS = 128
 """Of a product's operands at a time: more take all the memory that programs share."""
 
+_LOWEST = -1e30
+"""Below all logits, and finite: the peak of a part of which nothing is visible."""
+
 _HEADS = 16
 """Query heads of a program that attends, the fewest that matrix units take."""
 
@@ -189,6 +192,31 @@ def _part_kernel(
         sin = jnp.where(place >= 0, sin_ref[angle], 0)
         return x * cos[None] + of_pair * sin[None]
 
+    def add(rows_ref, seen, of):
+        def values(at):
+            found = rows_ref[of, (at + jnp.arange(size))[None]]
+            # Zero times what an unseen row holds may be no number.
+            return jnp.where(seen[:, None], found, 0).astype(dtype)
+
+        held = [values(at) for at in blocks]
+        queries = [query_ref[row, heads, pl.ds(at, size)] for at in blocks]
+        squares = jnp.sum(sum(query * query for query in queries), -1)
+        logits = jnp.zeros((_HEADS, _PART), jnp.float32)
+        for at, query, some in zip(blocks, queries, held, strict=True):
+            query = rotated(at, query).astype(dtype)
+            logits += product(query, some, (((1,), (1,)), ((), ())))
+        # The norm is a factor of a head's logits.
+        scale = k**-0.5 / jnp.sqrt(squares / k + eps)
+        logits = jnp.where(seen[None], logits * scale[:, None], -jnp.inf)
+        peak = jnp.max(logits, -1)
+        weight = jnp.exp(logits - peak[:, None])
+        peak_ref[part, row, heads] = peak
+        total_ref[part, row, heads] = jnp.sum(weight, -1)
+        weight = weight.astype(dtype)
+        for at, some in zip(blocks, held, strict=True):
+            summed = product(weight, some, (((1,), (0,)), ((), ())))
+            summed_ref[part, row, heads, pl.ds(at, size)] = summed
+
     for start, end, is_chosen in zip(ends, ends[1:], chosen, strict=False):
         rows_ref, visible_ref = next(refs), next(refs)
         index_ref = next(refs) if is_chosen else None
@@ -198,32 +226,18 @@ def _part_kernel(
             place = (part - start) * _PART + jnp.arange(_PART)
             own = jnp.minimum(place, visible.shape[1] - 1)
             seen = visible[row, own] & (place < visible.shape[1])
-            of = (own if index is None else index[row, own])[:, None]
+            is_any = jnp.max(seen.astype(jnp.int32)) > 0
 
-            def values(at):
-                found = rows[of, (at + jnp.arange(size))[None]]
-                # Zero times what an unseen row holds may be no number.
-                return jnp.where(seen[:, None], found, 0).astype(dtype)
+            @pl.when(~is_any)
+            def _skip():
+                # Nobody reads the sums of a part that has no share.
+                peak_ref[part, row, heads] = jnp.full(_HEADS, _LOWEST)
+                total_ref[part, row, heads] = jnp.zeros(_HEADS)
 
-            held = [values(at) for at in blocks]
-            queries = [query_ref[row, heads, pl.ds(at, size)] for at in blocks]
-            squares = jnp.sum(sum(query * query for query in queries), -1)
-            logits = jnp.zeros((_HEADS, _PART), jnp.float32)
-            for at, query, some in zip(blocks, queries, held, strict=True):
-                query = rotated(at, query).astype(dtype)
-                logits += product(query, some, (((1,), (1,)), ((), ())))
-            # The norm is a factor of a head's logits.
-            scale = k**-0.5 / jnp.sqrt(squares / k + eps)
-            logits = jnp.where(seen[None], logits * scale[:, None], -jnp.inf)
-            # Finite, for parts of which nothing is visible.
-            peak = jnp.maximum(jnp.max(logits, -1), -1e30)
-            weight = jnp.exp(logits - peak[:, None])
-            peak_ref[part, row, heads] = peak
-            total_ref[part, row, heads] = jnp.sum(weight, -1)
-            weight = weight.astype(dtype)
-            for at, some in zip(blocks, held, strict=True):
-                summed = product(weight, some, (((1,), (0,)), ((), ())))
-                summed_ref[part, row, heads, pl.ds(at, size)] = summed
+            @pl.when(is_any)
+            def _attend():
+                of = own if index is None else index[row, own]
+                add(rows, seen, of[:, None])
 
 
 def _together_kernel(
@@ -249,7 +263,8 @@ def _together_kernel(
 
     def load(flip):
         channels = block * r + (jnp.arange(r) ^ flip)
-        return jnp.sum(share * summed_ref[part[:, None], row, head, channels[None]], 0)
+        summed = summed_ref[part[:, None], row, head, channels[None]]
+        return jnp.sum(jnp.where(share > 0, share * summed, 0), 0)
 
     def write(value):
         of_group = sinks_ref.shape[0] // groups

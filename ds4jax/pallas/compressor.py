@@ -1,9 +1,10 @@
-"""A compressor behind its projections, on NVIDIA GPUs, in one launch.
+"""A compressor behind its projections, on NVIDIA GPUs, in one launch or two.
 
-As XLA's own kernels it is nine or ten, each of a microsecond.  The ring and the
-finished rows are changed in place.  Nothing here depends on the width of the pass: a
-finished row takes the pass's own inputs from where they were projected, all others from
-the ring, and both are the same bits.
+As XLA's own kernels it is nine or ten, each of a microsecond.  A long window is pooled
+by programs that have some channels each, and its row finished by one more launch.  The
+ring and the finished rows are changed in place.  Nothing here depends on the width of
+the pass: a finished row takes the pass's own inputs from where they were projected, all
+others from the ring, and both are the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from jaxtyping import Array, Float, Int
 from ds4jax.pallas import rope
 
 _CHUNK = 16
-"""Positions pooled at a time."""
+"""Positions pooled at a time; more than those are pooled by several programs."""
+
+_CHANNELS = 64
+"""Of a finished row, that one of several programs pools."""
 
 _LOWEST = -1e30
 """Below all gates, and finite: for places that have none."""
@@ -69,41 +73,53 @@ def compress(
     ratio, width = len(ape), rows.shape[1]
     windows = -(-len(value) // ratio)
     turns = jnp.asarray(rope.spread(frequencies, width))
-    operands = start, end, value, gate, ape, norm, turns, inputs, rows
-    kept = len(operands) - 2
-    return pl.pallas_call(
-        functools.partial(_kernel, windows=windows, eps=eps),
-        grid=(windows + len(value),),
-        out_shape=(
-            jax.ShapeDtypeStruct(inputs.shape, inputs.dtype),
-            jax.ShapeDtypeStruct(rows.shape, rows.dtype),
-        ),
-        input_output_aliases={kept: 0, kept + 1: 1},
+    call = functools.partial(
+        pl.pallas_call,
         compiler_params=plgpu.CompilerParams(num_warps=8),
         interpret=interpret,
+    )
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (inputs, rows)]
+    is_long = ratio * (value.shape[1] // width) > _CHUNK
+    programs = max(width // _CHANNELS, 1) if is_long else 1
+    operands = start, end, norm, turns, value, gate, ape, inputs, rows
+    kept = len(operands) - 2
+    inputs, rows = call(
+        functools.partial(_kernel, windows=windows, programs=programs, eps=eps),
+        grid=(windows * programs + len(value),),
+        out_shape=tuple(shapes),
+        input_output_aliases={kept: 0, kept + 1: 1},
         name=f"compress_{ratio}x{width}",
     )(*operands)
+    if programs > 1:
+        rows = call(
+            functools.partial(_end_kernel, ratio=ratio, eps=eps),
+            grid=(windows,),
+            out_shape=shapes[1],
+            input_output_aliases={4: 0},
+            name=f"compress_{ratio}x{width}_end",
+        )(*operands[:4], rows)
+    return inputs, rows
 
 
 def _kernel(
     start_ref,  # [1]
     end_ref,  # [1]
+    norm_ref,  # [K]
+    turns_ref,  # [K / 2]
     value_ref,  # [T, N]
     gate_ref,  # [T, N]
     ape_ref,  # [ratio, N]
-    norm_ref,  # [K]
-    turns_ref,  # [K / 2]
     ring_ref,  # [P, 2, N]
     _rows_ref,  # [C, K]
     inputs_ref,  # [P, 2, N], the ring again
     rows_ref,  # [C, K]
-    *, windows, eps,
+    *, windows, programs, eps,
 ):  # fmt: skip
     start, end = start_ref[0], end_ref[0]
     size, _, channels = ring_ref.shape
     ratio, (capacity, width) = len(ape_ref), rows_ref.shape
     program = pl.program_id(0)
-    row = program - windows
+    row = program - windows * programs
     position = start + row
 
     @pl.when((row >= 0) & (position < end))
@@ -113,11 +129,14 @@ def _kernel(
         inputs_ref[slot, 0, :] = value_ref[row, :]
         inputs_ref[slot, 1, :] = gate_ref[row, :] + ape
 
-    index = jax.lax.div(start, ratio) + program
+    index = jax.lax.div(start, ratio) + program // programs
     done = (row < 0) & (index < jax.lax.div(end, ratio)) & (index < capacity)
+    # Of the row's channels.
+    own = width // programs
+    channel = program % programs * own
 
     @pl.when(done)
-    def _finish():
+    def _pool():
         overlap = channels - width
         first = index * ratio - (ratio if overlap else 0)
         pooled = ratio * (channels // width)
@@ -128,7 +147,7 @@ def _kernel(
             positions = begin + jnp.arange(chunk)
             # The previous window speaks through the first half of the channels.
             shift = jnp.where(positions >= index * ratio, overlap, 0)
-            column = shift[:, None] + jnp.arange(width)[None]
+            column = shift[:, None] + channel + jnp.arange(own)[None]
             exists = (positions >= 0)[:, None]
             at = jnp.maximum(positions, 0)[:, None]
             slot = jax.lax.rem(at, size)
@@ -152,11 +171,35 @@ def _kernel(
             return higher, total * shrink + weight, summed * shrink + weight * value
 
         # Each place of a chunk by itself: threads wait for each other at the end only.
-        zero = jnp.zeros((chunk, width), jnp.float32)
+        zero = jnp.zeros((chunk, own), jnp.float32)
         none = zero + _LOWEST, zero, zero
         peak, total, summed = jax.lax.fori_loop(0, pooled // chunk, add, none)
         share = jnp.exp(peak - jnp.max(peak, 0)[None])
-        row = jnp.sum(summed * share, 0) / jnp.sum(total * share, 0)
-        row = row / jnp.sqrt(jnp.sum(row * row) / width + eps) * norm_ref[:]
-        angle = (index * ratio).astype(jnp.float32) * turns_ref[:]
-        rows_ref[index, :] = rope.rotate(row, jnp.cos(angle), jnp.sin(angle))
+        found = jnp.sum(summed * share, 0) / jnp.sum(total * share, 0)
+        if programs == 1:
+            found = _finished(found, index, ratio, norm_ref, turns_ref, eps)
+        rows_ref[index, pl.ds(channel, own)] = found
+
+
+def _end_kernel(
+    start_ref,  # [1]
+    end_ref,  # [1]
+    norm_ref,  # [K]
+    turns_ref,  # [K / 2]
+    pooled_ref,  # [C, K]
+    rows_ref,  # [C, K], the same again
+    *, ratio, eps,
+):  # fmt: skip
+    index = jax.lax.div(start_ref[0], ratio) + pl.program_id(0)
+
+    @pl.when((index < jax.lax.div(end_ref[0], ratio)) & (index < len(rows_ref)))
+    def _end():
+        row = pooled_ref[index, :]
+        rows_ref[index, :] = _finished(row, index, ratio, norm_ref, turns_ref, eps)
+
+
+def _finished(row, index, ratio, norm_ref, turns_ref, eps):
+    """Return a pooled row normed and rotated."""
+    row = row / jnp.sqrt(jnp.sum(row * row) / len(row) + eps) * norm_ref[:]
+    angle = (index * ratio).astype(jnp.float32) * turns_ref[:]
+    return rope.rotate(row, jnp.cos(angle), jnp.sin(angle))
