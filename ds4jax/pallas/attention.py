@@ -10,6 +10,7 @@ multiplied and in what order depends on the sources' sizes alone.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -20,17 +21,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 
-_PART = 32
-"""Rows of a part."""
+_PARTS = 32, 64
+"""Rows of a part: the smaller are faster, as long as they are few."""
+
+_FEW_PARTS = 16
+"""So many that all programs of two rows of Flash's 64 heads run at once on an H200."""
 
 _MOST_PARTS = 64
 """Of all sources together: what `_together_kernel` has registers for."""
 
 _CHANNELS = 128
 """Of a product's operands at a time: more take all the memory that programs share."""
-
-_LOWEST = -1e30
-"""Below all logits, and finite: the peak of a part of which nothing is visible."""
 
 _HEADS = 16
 """Query heads of a program that attends, the fewest that matrix units take."""
@@ -45,9 +46,18 @@ Turn = tuple[Float[Array, "T R"], Float[Array, "T R"]]
 
 def serves(heads: int, k: int, rope_dim: int, sizes: list[int]) -> bool:
     """Say whether these are for such attention, and sources of S rows each."""
-    few = sum(pl.cdiv(size, _PART) for size in sizes) <= _MOST_PARTS
+    few = _cut(sizes)[1][-1] <= _MOST_PARTS
     powers = all(size & (size - 1) == 0 for size in (k, rope_dim))
     return few and heads % _HEADS == 0 and powers and rope_dim >= GROUP
+
+
+def _cut(sizes: Sequence[int]) -> tuple[int, list[int]]:
+    """Return the rows of a part, and the first part of each source and behind all."""
+    for rows in _PARTS:
+        ends = list(itertools.accumulate((pl.cdiv(n, rows) for n in sizes), initial=0))
+        if ends[-1] <= _FEW_PARTS:
+            break
+    return rows, ends
 
 
 def prepare_rows(
@@ -131,14 +141,12 @@ def attend(
       T * groups rows of K H / groups, the groups of a row one after the other.
     """
     width, (rows, heads, k) = width or len(query), query.shape
-    ends = [0]
-    for _, visible, _ in sources:
-        ends.append(ends[-1] + pl.cdiv(visible.shape[1], _PART))
+    part, ends = _cut([visible.shape[1] for _, visible, _ in sources])
     shape = ends[-1], width, heads
     call = functools.partial(pl.pallas_call, interpret=interpret)
     parts = call(
         functools.partial(
-            _part_kernel, ends=ends, eps=eps, dtype=dtype,
+            _part_kernel, size=part, ends=ends, eps=eps, dtype=dtype,
             chosen=[index is not None for _, _, index in sources],
         ),
         grid=(ends[-1], heads // _HEADS, width),
@@ -166,15 +174,15 @@ def _part_kernel(
     sin_ref,  # [T, R]
     *refs,  # of each source its rows, what is visible and, if chosen, the index; then
     # peak and total [parts, width, H], summed [parts, width, H, K]
-    ends, chosen, eps, dtype,
+    size, ends, chosen, eps, dtype,
 ):  # fmt: skip
     part, row = pl.program_id(0), pl.program_id(2)
     first = pl.program_id(1) * _HEADS
     heads = pl.ds(first, _HEADS)
     *refs, peak_ref, total_ref, summed_ref = refs
     refs, k, r = iter(refs), query_ref.shape[2], cos_ref.shape[1]
-    size = min(k, _CHANNELS)
-    blocks = range(0, k, size)
+    channels = min(k, _CHANNELS)
+    blocks = range(0, k, channels)
     product = functools.partial(
         jax.lax.dot_general,
         precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
@@ -182,40 +190,15 @@ def _part_kernel(
     )
 
     def rotated(at, x):
-        channel = at + jnp.arange(size)
-        place = channel - (k - r)
-        if at + size <= k - r:
+        if at + channels <= k - r:
             return x
+        channel = at + jnp.arange(channels)
+        place = channel - (k - r)
         of_pair = query_ref[row, first + jnp.arange(_HEADS)[:, None], channel[None] ^ 1]
         angle = row, jnp.maximum(place, 0)
         cos = jnp.where(place >= 0, cos_ref[angle], 1)
         sin = jnp.where(place >= 0, sin_ref[angle], 0)
         return x * cos[None] + of_pair * sin[None]
-
-    def add(rows_ref, seen, of):
-        def values(at):
-            found = rows_ref[of, (at + jnp.arange(size))[None]]
-            # Zero times what an unseen row holds may be no number.
-            return jnp.where(seen[:, None], found, 0).astype(dtype)
-
-        held = [values(at) for at in blocks]
-        queries = [query_ref[row, heads, pl.ds(at, size)] for at in blocks]
-        squares = jnp.sum(sum(query * query for query in queries), -1)
-        logits = jnp.zeros((_HEADS, _PART), jnp.float32)
-        for at, query, some in zip(blocks, queries, held, strict=True):
-            query = rotated(at, query).astype(dtype)
-            logits += product(query, some, (((1,), (1,)), ((), ())))
-        # The norm is a factor of a head's logits.
-        scale = k**-0.5 / jnp.sqrt(squares / k + eps)
-        logits = jnp.where(seen[None], logits * scale[:, None], -jnp.inf)
-        peak = jnp.max(logits, -1)
-        weight = jnp.exp(logits - peak[:, None])
-        peak_ref[part, row, heads] = peak
-        total_ref[part, row, heads] = jnp.sum(weight, -1)
-        weight = weight.astype(dtype)
-        for at, some in zip(blocks, held, strict=True):
-            summed = product(weight, some, (((1,), (0,)), ((), ())))
-            summed_ref[part, row, heads, pl.ds(at, size)] = summed
 
     for start, end, is_chosen in zip(ends, ends[1:], chosen, strict=False):
         rows_ref, visible_ref = next(refs), next(refs)
@@ -223,21 +206,35 @@ def _part_kernel(
 
         @pl.when((start <= part) & (part < end))
         def _add(start=start, rows=rows_ref, visible=visible_ref, index=index_ref):
-            place = (part - start) * _PART + jnp.arange(_PART)
+            place = (part - start) * size + jnp.arange(size)
             own = jnp.minimum(place, visible.shape[1] - 1)
             seen = visible[row, own] & (place < visible.shape[1])
-            is_any = jnp.max(seen.astype(jnp.int32)) > 0
+            of = (own if index is None else index[row, own])[:, None]
 
-            @pl.when(~is_any)
-            def _skip():
-                # Nobody reads the sums of a part that has no share.
-                peak_ref[part, row, heads] = jnp.full(_HEADS, _LOWEST)
-                total_ref[part, row, heads] = jnp.zeros(_HEADS)
+            def values(at):
+                found = rows[of, (at + jnp.arange(channels))[None]]
+                # Zero times what an unseen row holds may be no number.
+                return jnp.where(seen[:, None], found, 0).astype(dtype)
 
-            @pl.when(is_any)
-            def _attend():
-                of = own if index is None else index[row, own]
-                add(rows, seen, of[:, None])
+            held = [values(at) for at in blocks]
+            queries = [query_ref[row, heads, pl.ds(at, channels)] for at in blocks]
+            squares = jnp.sum(sum(query * query for query in queries), -1)
+            logits = jnp.zeros((_HEADS, size), jnp.float32)
+            for at, query, key in zip(blocks, queries, held, strict=True):
+                query = rotated(at, query).astype(dtype)
+                logits += product(query, key, (((1,), (1,)), ((), ())))
+            # The norm is a factor of a head's logits.
+            scale = k**-0.5 / jnp.sqrt(squares / k + eps)
+            logits = jnp.where(seen[None], logits * scale[:, None], -jnp.inf)
+            # Finite, for parts of which nothing is visible.
+            peak = jnp.maximum(jnp.max(logits, -1), -1e30)
+            weight = jnp.exp(logits - peak[:, None])
+            peak_ref[part, row, heads] = peak
+            total_ref[part, row, heads] = jnp.sum(weight, -1)
+            weight = weight.astype(dtype)
+            for at, value in zip(blocks, held, strict=True):
+                summed = product(weight, value, (((1,), (0,)), ((), ())))
+                summed_ref[part, row, heads, pl.ds(at, channels)] = summed
 
 
 def _together_kernel(
@@ -263,8 +260,7 @@ def _together_kernel(
 
     def load(flip):
         channels = block * r + (jnp.arange(r) ^ flip)
-        summed = summed_ref[part[:, None], row, head, channels[None]]
-        return jnp.sum(jnp.where(share > 0, share * summed, 0), 0)
+        return jnp.sum(share * summed_ref[part[:, None], row, head, channels[None]], 0)
 
     def write(value):
         of_group = sinks_ref.shape[0] // groups

@@ -23,7 +23,7 @@ from ds4jax.pallas import rope
 _CHUNK = 16
 """Positions pooled at a time; more than those are pooled by several programs."""
 
-_CHANNELS = 64
+_CHANNELS = 32
 """Of a finished row, that one of several programs pools."""
 
 _LOWEST = -1e30
