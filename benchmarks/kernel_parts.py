@@ -170,20 +170,18 @@ def streams_read() -> Case:
 
 
 def prepared() -> Case:
-    """Return the case of queries and rows normed and rotated."""
+    """Return the case of rows normed and rotated, to be kept."""
 
     def draw():
-        query = normal(0, 1, DECODE_ROWS, CONFIG.heads, CONFIG.head_dim)
         row = normal(1, 1, DECODE_ROWS, CONFIG.head_dim)
-        return weights(DENSE, "attn_kv_a_norm"), query, row, place(SHORT)
+        return weights(DENSE, "attn_kv_a_norm"), row, place(SHORT)
 
-    def run(width, own, query, row, start):
-        attention, positions = dense_attention(own), decode_rows(start, width).positions
-        queries = attention._prepare_queries(query, positions)
-        return queries, attention._prepare_rows(row, positions)
+    def run(width, own, row, start):
+        positions = decode_rows(start, width).positions
+        return dense_attention(own)._prepare_rows(row, positions)
 
-    def nbytes(width, own, query, row, start):
-        return (query.nbytes + row.nbytes) // DECODE_ROWS * width
+    def nbytes(width, own, row, start):
+        return row.nbytes // DECODE_ROWS * width
 
     return part(attention, "prepare", draw, run, nbytes)
 
@@ -216,8 +214,9 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
         return dense_attention(own)._attend(query, sources, positions)
 
     def xla(own, query, sources, start):
-        positions = decode_rows(start, 1).positions
-        return dense_attention(own)._heads(query, sources, positions)
+        attention, positions = dense_attention(own), decode_rows(start, 1).positions
+        query = attention._prepare_queries(query, positions)
+        return attention._heads(query, sources, positions)
 
     def nbytes(width, *operands):
         rows = window + (min(width * used, compressed) if used else compressed)
