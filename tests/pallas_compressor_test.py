@@ -1,6 +1,7 @@
 """The compressors' kernel, interpreted, against XLA's code."""
 
 import functools
+from unittest import mock
 
 import hopper
 import jax
@@ -58,12 +59,14 @@ def runner(ratio: int):
     @jax.jit
     def found(x, state, start, count):
         rows = rows_of(start, count)
-        inputs, kept = pallas.compress(
-            compressor.kv(x), compressor.gate(x), rows.start, rows.end,
-            state.inputs[0], state.rows[0], jnp.asarray(compressor.ape.get_value()),
-            compressor.norm.weight.get_value(), frequencies(CONFIG, compressed=True),
-            CONFIG.rms_eps, interpret=True,
-        )  # fmt: skip
+        # A long window's row is of four programs.
+        with mock.patch.object(pallas, "_CHANNELS", WIDTH // 4):
+            inputs, kept = pallas.compress(
+                compressor.kv(x), compressor.gate(x), rows.start, rows.end,
+                state.inputs[0], state.rows[0], jnp.asarray(compressor.ape.get_value()),
+                compressor.norm.weight.get_value(),
+                frequencies(CONFIG, compressed=True), CONFIG.rms_eps, interpret=True,
+            )  # fmt: skip
         return caches.CompressorCache(inputs[None], kept[None])
 
     return expected, found

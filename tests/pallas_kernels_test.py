@@ -3,6 +3,8 @@
 `gpu_test.py` has what only a GPU can show: the same on the device, and whole passes.
 """
 
+import functools
+
 import hopper
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,13 @@ from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, clamped_swiglu
 from ds4jax.pallas import experts, hyper_connection, plain, q8_0, router
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
-from ds4jax.pallas.matmul import expert_matmul, experts_by_kernel, has_expert_kernels
+from ds4jax.pallas.matmul import (
+    expert_matmul,
+    experts_by_kernel,
+    has_expert_kernels,
+    quant_matmul,
+    shared_expert_kernel,
+)
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS = 8
@@ -335,6 +343,29 @@ def test_experts_by_kernel(gated, down):
     product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
     hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
     np.testing.assert_allclose(found, product(hidden, back), rtol=1e-4, atol=1e-4)
+
+
+@DTYPES
+def test_a_shared_expert(dtype):
+    """Gate and up give down what it reads, in its order; the other rows are copies."""
+    weights = [synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)]
+    x = rows(ROWS)
+    kernel = shared_expert_kernel(*weights, swiglu, dtype, interpret=True)
+    assert kernel
+    product = functools.partial(quant_matmul, dtype=dtype)
+    gate, up, down = weights
+    expected = product(swiglu(product(x, gate), product(x, up)), down)
+    whole = kernel(ROWS, x[None])[0]
+    # The reference rounds what SwiGLU gives to bfloat16, as the kernel does.
+    worst = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(whole, expected, rtol=worst, atol=worst)
+    assert_copies(kernel(2, x.at[2:].set(jnp.nan)[None])[0], whole, 2)
+
+
+def test_a_shared_expert_of_other_weights_has_no_kernel():
+    own = [weight(name, 24) for name in ("Q8_0", "Q4_K")]
+    found = [(own[i == 0], own[i == 1], own[i == 2]) for i in range(3)]
+    assert not any(shared_expert_kernel(*w, swiglu, "float32") for w in found)
 
 
 def test_other_weights_have_no_kernels():

@@ -80,7 +80,7 @@ def compress(
     )
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (inputs, rows)]
     is_long = ratio * (value.shape[1] // width) > _CHUNK
-    programs = max(width // _CHANNELS, 1) if is_long else 1
+    programs = width // _CHANNELS if is_long else 1
     operands = start, end, norm, turns, value, gate, ape, inputs, rows
     kept = len(operands) - 2
     inputs, rows = call(

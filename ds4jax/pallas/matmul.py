@@ -249,6 +249,8 @@ def shared_expert_kernel(
     down: Weight,
     activation: Callable[[Array, Array], Array],
     dtype: str,
+    *,
+    interpret: bool = False,
 ) -> Callable[[int, Array], Array] | None:
     """Return the kernel of `by_kernel` for `down activation(gate x, up x)`, if any.
 
@@ -256,6 +258,7 @@ def shared_expert_kernel(
       gate, up, down: [F, In] twice and [Out, F].
       activation: elementwise.
       dtype: operand type.
+      interpret: without a GPU.
     """
     if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
         return None
@@ -264,9 +267,12 @@ def shared_expert_kernel(
         # As the only one there is to choose; then once for all rows, for it is dense.
         pair = jax.tree.map(lambda plane: plane[None], (gate, up))
         ids = jnp.zeros((x.shape[1], 1), jnp.int32)
-        x = fix(x[0], dtype)
-        hidden = experts.gated(x, *pair, ids, activation, dtype, x.order, width)
-        return q8_0.matvec(hidden, down, width=width)[None, :, 0]
+        x = fix(x[0], dtype, interpret=interpret)
+        hidden = experts.gated(
+            x, *pair, ids, activation, dtype, x.order, width, interpret=interpret
+        )
+        out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
+        return out[None, :, 0]
 
     return kernel
 
