@@ -16,6 +16,8 @@ def get_config():
             "pairings": ("trained", "ds4"),
             "fills": (True,),
             "gates": (False, True),
+            # What a cycle costs on a CPU, where no row is nearly free.
+            "gate_least": 0.6,
             "cross": True,
             "texts": ("copy", "technical", "prose"),
             "seeds": (0,),

@@ -21,10 +21,12 @@ class Gate:
     """When to stop drafting; static.
 
     Attributes:
-      window: speculative cycles that are judged together.
+      window: speculative cycles that are judged together; fewer, as soon as those left
+        cannot make up for what was not accepted.
       least: drafts accepted per cycle, below which a window does not pay: with passes
         of 1 and of W rows that take R1 and RW, and drafts that take D, speculation is
-        faster above (RW + D) / R1 - 1.
+        faster above (RW + D) / R1 - 1, which is the device's and the model's, and is
+        what `ds4jax ablate` reports as the break-even.
       rest: plain cycles after a window that did not pay.  Each further one in a row
         doubles it.
       longest: most plain cycles in a row.
@@ -75,6 +77,7 @@ def judge(
     state: GateState,
     gate: Gate,
     accepted: Int[Array, "B"],
+    depth: int,
     active: Bool[Array, "B"],
 ) -> GateState:
     """Return the state after a speculative cycle.
@@ -83,20 +86,22 @@ def judge(
       state: before it.
       gate: the rule.
       accepted: drafts that were accepted in the cycle.
+      depth: the most that may be.
       active: which sequences took part; those that rest do not count.
     """
     counts = active & (state.resting == 0)
     cycles = state.cycles + counts
     total = state.accepted + jnp.where(counts, accepted, 0)
-    full = cycles == gate.window
-    fails = full & (total < gate.least * gate.window)
-    failures = jnp.where(full & ~fails, 0, state.failures + fails)
+    possible = total + depth * (gate.window - cycles)
+    fails = counts & (possible < gate.least * gate.window)
+    ends = fails | (cycles == gate.window)
+    failures = jnp.where(ends & ~fails, 0, state.failures + fails)
     most = (gate.longest // gate.rest).bit_length()
     doubled = gate.rest << jnp.clip(failures - 1, 0, most)
     rest = jnp.minimum(doubled, gate.longest)
     return GateState(
-        cycles=jnp.where(full, 0, cycles),
-        accepted=jnp.where(full, 0, total),
+        cycles=jnp.where(ends, 0, cycles),
+        accepted=jnp.where(ends, 0, total),
         resting=jnp.where(fails, rest, state.resting),
         failures=failures,
     )

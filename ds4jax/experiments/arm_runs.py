@@ -164,7 +164,7 @@ class Bench:
         return jax.tree.map(jnp.copy, carry)
 
     def _decode(self, arm: Arm, carry: DecodeCarry) -> DecodeCarry:
-        decoding = arm.decoding(self.settings.temperature)
+        decoding = arm.decoding(self.settings)
         if arm == ONE_ROW:
             return decode_one_row(self.model, carry, decoding)
         return driver.run(self.model, carry, decoding)

@@ -27,6 +27,7 @@ class Settings:
       pairings: of the MTP head, `trained`, `ds4`.
       fills: whether the head's cache is filled.
       gates: whether the gate may stop drafting.
+      gate_least: drafts accepted per cycle below which it does, see `gate.Gate`.
       cross: measure every combination of the axes.  Otherwise the first value of each
         axis stands for it, at every mode and depth, and each further value is tried
         alone, at the first mode and the first depth that drafts.
@@ -49,6 +50,7 @@ class Settings:
     pairings: tuple[str, ...] = ("trained",)
     fills: tuple[bool, ...] = (True,)
     gates: tuple[bool, ...] = (False,)
+    gate_least: float = Gate.least
     cross: bool = False
     texts: tuple[str, ...] = assets.PROMPTS
     seeds: tuple[int, ...] = (0,)
@@ -84,6 +86,8 @@ class Settings:
             found = getattr(self, name)
             expect(f"config.{name}", type(found) is int and found >= 1, "at least 1",
                    found)  # fmt: skip
+        least = self.gate_least
+        expect("config.gate_least", least >= 0, "at least 0", least)
         try:
             Decoding(mode=Mode("plain", 0), temperature=self.temperature)
         except ConfigError as error:
@@ -151,16 +155,16 @@ class Arm:
         words = [word for word, holds in changed.items() if holds]
         return " ".join([self.mode, str(self.depth), *words])
 
-    def decoding(self, temperature: float) -> Decoding:
+    def decoding(self, settings: Settings) -> Decoding:
         """Return how it decodes; for plain decoding, in the exact class."""
         named: dict[str, Any] = dict(
-            pairing=self.pairing, fill=self.fill, temperature=temperature
+            pairing=self.pairing, fill=self.fill, temperature=settings.temperature
         )
         if not self.depth:
             return Decoding(mode=Mode("plain", 0), **named)
         kind: Any = self.mode
         verifier: Any = self.verifier
-        gate = Gate() if self.gate else None
+        gate = Gate(least=settings.gate_least) if self.gate else None
         return Decoding(mode=Mode(kind, self.depth, verifier), gate=gate, **named)
 
 

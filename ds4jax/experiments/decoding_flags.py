@@ -70,6 +70,12 @@ _PREFILL_CHUNK = flags.DEFINE_integer(
 _GATE = flags.DEFINE_bool(
     "gate", False, "Decode plainly for a while where drafts are not accepted."
 )
+_GATE_LEAST = flags.DEFINE_float(
+    "gate_least", Gate.least,
+    "Drafts accepted per cycle below which --gate stops drafting; `ds4jax ablate` says"
+    " from how many on they pay.",
+    lower_bound=0,
+)  # fmt: skip
 _MTP_DRAFT = flags.DEFINE_integer(
     "mtp_draft", None, "ds4's: N drafts per cycle, of which it knows the first."
 )
@@ -149,6 +155,8 @@ def choose(mtp: bool) -> Choice:
         raise ConfigError(f"--mode={kind}: needs an MTP file to draft with; see --mtp")
     if _GATE.value and not depth:
         raise ConfigError("--gate: expected a mode that drafts, found plain")
+    if _GATE_LEAST.present and not _GATE.value:
+        raise ConfigError("--gate_least: expected --gate with it, found none")
     near = "near-greedy" if mode.verifier == "batched" else "G"
     return Choice(_decoding(mode), "sampled" if _TEMPERATURE.value else near)
 
@@ -165,7 +173,7 @@ def _decoding(mode: Mode) -> Decoding:
             fill=_FILL.value,
             pairing=cast(Pairing, _PAIRING.value),
             temperature=_TEMPERATURE.value,
-            gate=Gate() if _GATE.value else None,
+            gate=Gate(least=_GATE_LEAST.value) if _GATE.value else None,
             prefill_chunk=_PREFILL_CHUNK.value,
         )
 
