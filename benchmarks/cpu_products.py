@@ -70,8 +70,8 @@ def multiply(
             ]
             which = jax.lax.rem(number, len(choices))
             found += jax.lax.switch(which, choices, vectors[stack[0].shape[1]])
-        # Every product is for something, and no pass begins before the last one's end.
-        rest = sum(out[0] for out in found) * 1e-20
+        # All of every product is for something, and a pass begins when the last ends.
+        rest = sum(jnp.max(out) for out in found) * 1e-20
         return {size: x + rest for size, x in vectors.items()}
 
     return jax.lax.fori_loop(0, passes, turn, {size: jnp.ones(size) for size in sizes})

@@ -348,12 +348,13 @@ def test_experts_by_kernel(gated, down):
 @DTYPES
 def test_a_shared_expert(dtype):
     """Gate and up give down what it reads, in its order; the other rows are copies."""
-    weights = [synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)]
+    gate, up, down = (
+        synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)
+    )
     x = rows(ROWS)
-    kernel = shared_expert_kernel(*weights, swiglu, dtype, interpret=True)
+    kernel = shared_expert_kernel(gate, up, down, swiglu, dtype, interpret=True)
     assert kernel
     product = functools.partial(quant_matmul, dtype=dtype)
-    gate, up, down = weights
     expected = product(swiglu(product(x, gate), product(x, up)), down)
     whole = kernel(ROWS, x[None])[0]
     # The reference rounds what SwiGLU gives to bfloat16, as the kernel does.

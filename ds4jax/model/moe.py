@@ -80,8 +80,8 @@ class MoE(nnx.Module):
         activate, dtype = _swiglu(self.config.swiglu_limit), self.config.dtype
         gate, up, down = self.shared_gate, self.shared_up, self.shared_down
         product = lambda x: down(activate(gate(x), up(x)))  # noqa: E731
-        weights = (linear.weight.get_value() for linear in (gate, up, down))
-        kernel = shared_expert_kernel(*weights, activate, dtype)
+        gate_w, up_w, down_w = (w.weight.get_value() for w in (gate, up, down))
+        kernel = shared_expert_kernel(gate_w, up_w, down_w, activate, dtype)
         return by_kernel(product, x, cuda=kernel)
 
     def _routed(self, x, chosen, share):
@@ -100,9 +100,11 @@ class MoE(nnx.Module):
 
     def _by_kernel(self, width, x, chosen, share):
         """Sum each row's chosen experts, multiplied where they lie."""
-        c = self.config
-        how = _swiglu(c.swiglu_limit), c.dtype, width
-        out = experts_by_kernel(x[0], *self._stacks(), chosen[0], *how)
+        c, activate = self.config, _swiglu(self.config.swiglu_limit)
+        gate, up, down = self._stacks()
+        out = experts_by_kernel(
+            x[0], gate, up, down, chosen[0], activate, c.dtype, width
+        )
         return jnp.sum(share[0, ..., None] * out, axis=1)[None]
 
     def route(

@@ -213,9 +213,9 @@ def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
 
 def experts_by_kernel(
     x: Float[Array, "N In"],
-    gate: QuantTensor,
-    up: QuantTensor,
-    down: QuantTensor,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
     expert_ids: Int[Array, "N U"],
     activation: Callable[[Array, Array], Array],
     dtype: str,
@@ -235,6 +235,8 @@ def experts_by_kernel(
       width: how many of the N rows, the first ones, are not copies.
       interpret: without a GPU.
     """
+    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
+    assert isinstance(down, QuantTensor)
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
     hidden = experts.gated(
         fix(x, dtype, order, interpret=interpret), gate, up, expert_ids, activation,
@@ -267,10 +269,11 @@ def shared_expert_kernel(
         # As the only one there is to choose; then once for all rows, for it is dense.
         pair = jax.tree.map(lambda plane: plane[None], (gate, up))
         ids = jnp.zeros((x.shape[1], 1), jnp.int32)
-        x = fix(x[0], dtype, interpret=interpret)
+        fixed = fix(x[0], dtype, interpret=interpret)
         hidden = experts.gated(
-            x, *pair, ids, activation, dtype, x.order, width, interpret=interpret
-        )
+            fixed, *pair, ids, activation, dtype, fixed.order, width,
+            interpret=interpret,
+        )  # fmt: skip
         out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
         return out[None, :, 0]
 
