@@ -129,13 +129,12 @@ def _kernel(
         inputs_ref[slot, 0, :] = value_ref[row, :]
         inputs_ref[slot, 1, :] = gate_ref[row, :] + ape
 
-    index = jax.lax.div(start, ratio) + program // programs
-    done = (row < 0) & (index < jax.lax.div(end, ratio)) & (index < capacity)
+    index, ends = _window(start, end, ratio, program // programs, capacity)
     # Of the row's channels.
     own = width // programs
     channel = program % programs * own
 
-    @pl.when(done)
+    @pl.when((row < 0) & ends)
     def _pool():
         overlap = channels - width
         first = index * ratio - (ratio if overlap else 0)
@@ -190,12 +189,19 @@ def _end_kernel(
     rows_ref,  # [C, K], the same again
     *, ratio, eps,
 ):  # fmt: skip
-    index = jax.lax.div(start_ref[0], ratio) + pl.program_id(0)
+    place = start_ref[0], end_ref[0], ratio, pl.program_id(0)
+    index, ends = _window(*place, len(rows_ref))
 
-    @pl.when((index < jax.lax.div(end_ref[0], ratio)) & (index < len(rows_ref)))
+    @pl.when(ends)
     def _end():
         row = pooled_ref[index, :]
         rows_ref[index, :] = _finished(row, index, ratio, norm_ref, turns_ref, eps)
+
+
+def _window(start, end, ratio, number, capacity):
+    """Return the index of one of a pass's windows, and whether its row is made."""
+    index = jax.lax.div(start, ratio) + number
+    return index, (index < jax.lax.div(end, ratio)) & (index < capacity)
 
 
 def _finished(row, index, ratio, norm_ref, turns_ref, eps):
