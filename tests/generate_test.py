@@ -167,6 +167,7 @@ def test_a_trunk_without_a_vocabulary_takes_and_shows_ids(generate, wordless, tm
             "--gate: expected a mode that drafts, found plain",
         ),
         (["--gate_least=1"], "--gate_least: expected --gate with it, found none"),
+        (["--mtp_draft=2", "--gate_least=1"], "--gate_least: expected --gate with it"),
         (["--mode=plain", "--compare"], "--compare: expected a mode that drafts"),
         (["--temperature=-1"], "--temperature=-1: -1.0 is not a non-negative number"),
         (["--temperature=1e-9"], "--temperature: expected 0, or a finite number from"),

@@ -131,6 +131,8 @@ def choose(mtp: bool) -> Choice:
             f"--{ours[0]} and --{ds4s[0]}: expected our flags or ds4's to choose the"
             " mode; leave one out"
         )
+    if _GATE_LEAST.present and not _GATE.value:
+        raise ConfigError("--gate_least: expected --gate with it, found none")
     if ds4s:
         with _named():
             asked = Ds4Flags(
@@ -155,8 +157,6 @@ def choose(mtp: bool) -> Choice:
         raise ConfigError(f"--mode={kind}: needs an MTP file to draft with; see --mtp")
     if _GATE.value and not depth:
         raise ConfigError("--gate: expected a mode that drafts, found plain")
-    if _GATE_LEAST.present and not _GATE.value:
-        raise ConfigError("--gate_least: expected --gate with it, found none")
     near = "near-greedy" if mode.verifier == "batched" else "G"
     return Choice(_decoding(mode), "sampled" if _TEMPERATURE.value else near)
 
