@@ -1,7 +1,8 @@
 """What the gate costs where drafts pay, and what it saves where they do not.
 
 ds4's pairing of the head stands for drafts that are seldom accepted.  The rounds are
-many because the question is one of 2 %.
+many, and the texts long, because the question is one of 2 %: each time that drafts are
+tried in vain costs what a few passes do.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config():
             "texts": ("copy", "technical", "prose"),
             "seeds": (0,),
             "temperature": 0.0,
-            "tokens": 128,
+            "tokens": 1024,
             "rounds": 20,
             "repeats": 2,
         }

@@ -35,9 +35,9 @@ class Gate:
       ConfigError: for a value that means nothing.
     """
 
-    window: int = 16
+    window: int = 12
     least: float = 0.3
-    rest: int = 64
+    rest: int = 32
     longest: int = 1024
 
     def __post_init__(self):
