@@ -21,16 +21,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from ds4jax.decode.carry import ANCHOR_ROWS, Anchor, DecodeCarry
 from ds4jax.decode.modes import Decoding, Verifier
-from ds4jax.model.cache import Cache, forget, scatter
+from ds4jax.model.cache import Cache, forget, row_at, scatter
 from ds4jax.model.deepseek import Model
 from ds4jax.model.mtp import Pairing
 from ds4jax.model.trunk import TrunkOutput
-
-
-def _row(x: Array, index: Int[Array, "B"]) -> Array:
-    """Return `x[b, index[b]]` for every b."""
-    index = index.reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.take_along_axis(x, index, axis=1).squeeze(1)
 
 
 def _set_length(cache: Cache, length: Int[Array, "B"]) -> Cache:
@@ -86,12 +80,12 @@ def prefill(
     """
     modules = model.modules()
     start = carry.length
-    out = modules.trunk(chunk, carry.cache, count)
+    out = modules.trunk(chunk, carry.cache, count, last=True)
     assert out.cache is not None
     offset = jnp.arange(chunk.shape[1])
     real = offset < count[:, None]
     index = jnp.where(real, start[:, None] + offset, -1)
-    newest = _row(out.streams, count - 1)
+    newest = row_at(out.streams, count - 1)
     if carry.anchor is not None and decoding.fill:
         everyone = jnp.ones_like(carry.done)
         carry = fill(model, carry, chunk[:, 0], everyone, decoding.pairing)
@@ -110,7 +104,7 @@ def prefill(
         carry,
         cache=out.cache,
         tokens=scatter(carry.tokens, index, chunk),
-        logits=_row(out.logits, count - 1),
+        logits=out.logits[:, 0],
         reach=jnp.maximum(carry.reach, start + count),
     )
     if carry.anchor is None:
@@ -173,7 +167,7 @@ def _keep_newest(carry: DecodeCarry) -> DecodeCarry:
     """Let go of all rows but the newest, of which alone it is unknown what follows."""
     anchor = carry.anchor
     assert anchor is not None
-    newest = _row(anchor.streams, jnp.maximum(anchor.rows - 1, 0))
+    newest = row_at(anchor.streams, jnp.maximum(anchor.rows - 1, 0))
     anchor = dataclasses.replace(
         anchor,
         streams=anchor.streams.at[:, 0].set(newest),
@@ -212,7 +206,7 @@ def draft(
     # Of older rows the cache alone is looked at: no expert of theirs is ever computed.
     older = jnp.maximum(anchor.rows - 1, 0)
     cache = head(tokens[:, :-1], anchor.streams[:, :-1], cache, older).cache
-    tokens, streams = (_row(a, older)[:, None] for a in (tokens, anchor.streams))
+    tokens, streams = (row_at(a, older)[:, None] for a in (tokens, anchor.streams))
     out = head(tokens, streams, cache, jnp.minimum(anchor.rows, 1))
     streams, logits = out.streams, out.logits
     # Rows made from the head's own streams are not kept, see the top of this file.
@@ -283,7 +277,7 @@ def _advance(
             jnp.where(is_kept, carry.length[:, None] + offset, -1),
             block,
         ),
-        logits=jnp.where(kept[:, None], _row(out.logits, last), carry.logits),
+        logits=jnp.where(kept[:, None], row_at(out.logits, last), carry.logits),
         anchor=anchor,
         reach=jnp.maximum(carry.reach, carry.length + width),
     )

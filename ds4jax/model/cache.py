@@ -170,6 +170,12 @@ def forget(cache: Cache, length: Int[Array, "B"]) -> Cache:
     return Cache(tuple(map(cut, cache.layers)), length)
 
 
+def row_at(x: Array, index: Int[Array, "B"]) -> Array:
+    """Return `x[b, index[b]]` for every b."""
+    index = index.reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.take_along_axis(x, index, axis=1).squeeze(1)
+
+
 def scatter(store: Array, index: Int[Array, "B N"], new: Array) -> Array:
     """Return `store [B, S, ...]` with `new [B, N, ...]` at `index`; others dropped.
 

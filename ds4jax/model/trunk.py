@@ -6,6 +6,7 @@ One forward serves training (no cache), prefill (a cache and many rows) and deco
 
 from __future__ import annotations
 
+import functools
 from typing import no_type_check
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import Attention
-from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows
+from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows, row_at
 from ds4jax.model.hyper import HyperConnection, HyperHead, Update
 from ds4jax.model.layers import Linear, RMSNorm, Weights, project_normed, scope
 from ds4jax.model.moe import MoE
@@ -52,14 +53,15 @@ class TrunkOutput:
     """Result of a pass.
 
     Attributes:
-      logits: float32 [B, T, V].
+      logits: float32 [B, T, V], or [B, 1, V] of the last real rows if only those were
+        asked for.
       streams: float32 [B, T, M, D] after the last layer, before the hyper head: what
         the MTP head is conditioned on.
       cache: the state after, or None.
       trace: see Trace.
     """
 
-    logits: Float[Array, "B T V"]
+    logits: Float[Array, "B _ V"]
     streams: Float[Array, "B T M D"]
     cache: Cache | None
     trace: Trace
@@ -198,6 +200,7 @@ class Trunk(nnx.Module):
         cache: Cache | None = None,
         count: Int[Array, "B"] | None = None,
         exact: bool = True,
+        last: bool = False,
     ) -> TrunkOutput:
         """Run the trunk on the next T tokens of each sequence.
 
@@ -208,18 +211,22 @@ class Trunk(nnx.Module):
             cache, and their outputs mean nothing.  All, by default.
           exact: static; keep a short pass under the row contract.  Otherwise it is
             computed like a longer one, with no row added, and may round otherwise.
+          last: static; only the logits of the last real row are wanted.
         """
         batch, width = tokens.shape
         if batch > 1 and under_contract(width, cache, exact):
-            return each_alone(self, tokens, cache, count)
+            run = functools.partial(self, last=last)
+            return each_alone(run, tokens, cache, count)
         tokens, rows = fill_up(tokens, cache, count, exact)
         with within(kind_of_pass(width, rows, cache)):
-            out = self._run(tokens, cache, rows)
+            out = self._run(tokens, cache, rows, last and not rows.is_decode)
         logits, cache, trace = seal(out, rows)
-        logits, trace = jax.tree.map(lambda x: x[:, :width], (logits, trace))
-        return TrunkOutput(logits, trace.streams[-1], cache, trace)
+        if last and rows.is_decode:
+            logits = row_at(logits, rows.count - 1)[:, None]
+        trace = jax.tree.map(lambda x: x[:, :width], trace)
+        return TrunkOutput(logits[:, :width], trace.streams[-1], cache, trace)
 
-    def _run(self, tokens, cache, rows):
+    def _run(self, tokens, cache, rows, last):
         """Return the logits, the state after and the trace of a pass's rows."""
         streams = jnp.repeat(
             self.embed(tokens)[:, :, None], self.config.hc_streams, axis=2
@@ -236,7 +243,10 @@ class Trunk(nnx.Module):
                 (*trace.experts, experts),
                 (*trace.selected, selected),
             )
-        logits = project_normed(self.head(trace.streams[-1]), self.norm, self.output)
+        final = trace.streams[-1]
+        if last:
+            final = row_at(final, rows.count - 1)[:, None]
+        logits = project_normed(self.head(final), self.norm, self.output)
         if cache is not None:
             cache = Cache(tuple(states), rows.end)
         return logits, cache, trace
