@@ -28,9 +28,15 @@ from ds4jax.model.attention import Source
 from ds4jax.model.cache import DEFAULT_SLACK, Rows, extend
 from ds4jax.model.compressor import finished
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import Linear
+from ds4jax.model.layers import Linear, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas import expert_tiles, long_attention, long_index, stream_maps
+from ds4jax.pallas import (
+    expert_tiles,
+    hyper_connection,
+    long_attention,
+    long_index,
+    stream_maps,
+)
 from ds4jax.pallas.passes import Prefill
 
 ROWS = 4096
@@ -127,6 +133,38 @@ def scored() -> Case:
     return part(long_index, "scores", draw, run, nbytes)
 
 
+def chosen() -> Case:
+    """Return the case of an indexer's choice."""
+    c, count = CONFIG, 2 * ROWS // CONFIG.compress_ratios[CSA]
+
+    def draw():
+        exists = finished(long_rows(place(ROWS)), c.compress_ratios[CSA], count)
+        score = jnp.where(exists, normal(0, 1, ROWS, count), -jnp.inf)
+        return weights(CSA, "indexer"), score
+
+    def run(own, score):
+        return Indexer(c, own)._best(score, c.index_topk)
+
+    return part(long_index, "choice", draw, run, lambda width, own, score: score.nbytes)
+
+
+def mixed() -> Case:
+    """Return the case of a hyper connection's Sinkhorn iterations."""
+
+    def draw():
+        logits = normal(0, 1, ROWS, CONFIG.hc_streams, CONFIG.hc_streams)
+        return weights(DENSE, "hc_attn_"), logits
+
+    def run(own, logits):
+        connection = hyper.HyperConnection(CONFIG, scope(own, "hc_attn_"))
+        return connection._sinkhorn(logits)
+
+    def nbytes(width, own, logits):
+        return 2 * logits.nbytes
+
+    return part(hyper_connection, "Sinkhorn", draw, run, nbytes)
+
+
 def mapped() -> Case:
     """Return the case of the map of a hyper connection."""
 
@@ -151,5 +189,7 @@ CASES = [
     attended("CSA", 4),
     attended("HCA", 128),
     scored(),
+    chosen(),
     mapped(),
+    mixed(),
 ]

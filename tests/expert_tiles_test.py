@@ -76,8 +76,9 @@ def moe() -> MoE:
 
 def test_the_block_by_tiles_and_by_all_experts(monkeypatch):
     """Seen red with the share of another slot."""
-    interpreted = functools.partial(expert_tiles.product, interpret=True)
-    monkeypatch.setattr(expert_tiles, "product", interpreted)
+    for name in ("gated", "product"):
+        interpreted = functools.partial(getattr(expert_tiles, name), interpret=True)
+        monkeypatch.setattr(expert_tiles, name, interpreted)
     block, x = moe(), normal(ROWS, IN)
     share = jnp.abs(normal(ROWS, USED)) + 0.1
     args = x, jnp.asarray(CHOICES["some"]), share

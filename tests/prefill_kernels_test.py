@@ -3,17 +3,23 @@
 `gpu_test.py` has what only a GPU can show.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ds4jax.model.attention import attend
+from ds4jax.model.hyper import sinkhorn
+from ds4jax.model.layers import rms
 from ds4jax.model.query_blocks import sees
-from ds4jax.pallas import long_attention, long_index, stream_maps
+from ds4jax.model.rope import rotate, turn
+from ds4jax.pallas import hyper_connection, long_attention, long_index, stream_maps
 
 QUERIES, HEADS, WIDTH, WINDOW, CAPACITY, MOST = 6, 16, 64, 64, 40, 24
-ROUNDED = 1e-2
-"""Weights are rounded to bfloat16, of results of size 1, under another peak."""
+EPS, FREQUENCIES = 0.1, np.array([1, 0.5, 0.25, 0.1], np.float32)
+ROUNDED = 2e-2
+"""Weights are rounded to bfloat16, of results of size 1, under another peak, and the
+result is, which is up to 3."""
 FLOAT32 = 2.0**-23
 """Of the sum of the magnitudes: operands are exact to 2^-24, errors of sums cancel."""
 
@@ -26,7 +32,7 @@ def normal(seed: int, *shape: int):
 def test_attention(chooses):
     """Queries near a text's start, of which one chose nothing and others little.
 
-    Seen red with the window one row off.
+    Seen red with the window one row off, and with what was found not rotated back.
     """
     query, sinks = normal(0, QUERIES, HEADS, WIDTH), normal(1, HEADS)
     recent = normal(2, QUERIES + WINDOW - 1, WIDTH)
@@ -43,24 +49,53 @@ def test_attention(chooses):
         sources.append((compressed, jnp.asarray(seen)))
         args += [compressed, jnp.asarray(index)]
     assert long_attention.serves(query, WINDOW)
-    found = long_attention.attend(query, *args, sinks=sinks, interpret=True)
+    query = query.astype(jnp.bfloat16)
+    found = long_attention.attend(
+        query, *args, sinks=sinks, turn=turn(positions, FREQUENCIES), groups=2,
+        interpret=True,
+    )  # fmt: skip
+    assert found.dtype == jnp.bfloat16
     batch = [(rows[None], visible[None]) for rows, visible in sources]
-    expected = attend(query[None], batch, sinks, "bfloat16")[0]
+    heads = attend(query[None], batch, sinks, "bfloat16")[0]
+    expected = rotate(heads, positions[:, None], FREQUENCIES, inverse=True)
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDED)
+
+
+def test_queries_of_attention():
+    """Seen red with the pairs as they are."""
+    query, positions = normal(0, QUERIES, HEADS, WIDTH), 5 + jnp.arange(QUERIES)
+    angles = turn(positions, FREQUENCIES)
+    found = long_attention.prepare(query, angles, EPS, interpret=True)
+    expected = rotate(rms(query, EPS), positions[:, None], FREQUENCIES)
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-6)
 
 
 def test_scores():
     """Seen red without the rectifier.  Of keys that a query has not, anything goes."""
     query, share = normal(0, QUERIES, HEADS, WIDTH), normal(1, QUERIES, HEADS)
-    keys, count = normal(2, 256, WIDTH), jnp.asarray([0, 1, 127, 128, 129, 256])
+    keys, count = normal(2, 250, WIDTH), jnp.asarray([0, 1, 127, 128, 129, 250])
     assert long_index.serves(query, keys)
     found = long_index.scores(query, keys, share, count, interpret=True)
     q, k = (np.asarray(x.astype("bfloat16"), np.float64) for x in (query, keys))
     match = np.maximum(np.einsum("tij,cj->tic", q, k), 0)
     expected = np.einsum("ti,tic->tc", share, match)
     worst = FLOAT32 * np.einsum("ti,tij,cj->tc", abs(share), abs(q), abs(k))
-    has = np.arange(256) < np.asarray(count)[:, None]
+    has = np.arange(250) < np.asarray(count)[:, None]
     assert np.all(abs(found - expected)[has] <= worst[has])
+
+
+def test_choice():
+    """Of scores that are often alike, some fewer than are chosen, one row without any.
+
+    Seen red with one of those that are alike too many.
+    """
+    scores = jnp.round(normal(0, QUERIES, CAPACITY))
+    scores = scores.at[1, 5:].set(-jnp.inf).at[2].set(-jnp.inf)
+    assert long_index.chooses(scores)
+    found = long_index.choose(scores, MOST, interpret=True)
+    best, index = jax.lax.top_k(scores, MOST)
+    index = jnp.sort(jnp.where(best > -jnp.inf, index, CAPACITY), axis=1)
+    np.testing.assert_array_equal(found, jnp.where(index < CAPACITY, index, -1))
 
 
 def test_maps():
@@ -71,3 +106,11 @@ def test_maps():
     x, fn = np.asarray(x, np.float64), np.asarray(fn, np.float64)
     x /= np.sqrt(np.mean(x**2, -1, keepdims=True) + 0.01)
     assert np.all(abs(found - x @ fn.T) <= FLOAT32 * (abs(x) @ abs(fn.T)))
+
+
+def test_sinkhorn():
+    """Seen red with one iteration less."""
+    logits = normal(0, 64, 4, 4)
+    assert hyper_connection.serves_sinkhorn(logits)
+    found = hyper_connection.sinkhorn(logits, 3, 0.01, interpret=True)
+    np.testing.assert_allclose(found, sinkhorn(logits, 3, 0.01), rtol=8 * FLOAT32)

@@ -178,7 +178,6 @@ class Attention(nnx.Module):
                 sources.append(Source(compressed, visible))
 
         if has_blocks(rows):
-            query = self._prepare_queries(query, rows.positions)
             heads = self._attend_long(query, view, sources[1:], chosen, rows)
             low = self._project(heads)
         else:
@@ -188,7 +187,10 @@ class Attention(nnx.Module):
         return output, state, chosen
 
     def _attend_long(self, query, view, compressed, chosen, rows):
-        """Attend with the window of each query or block, not with all of the pass."""
+        """Attend with the window of each query or block, not with all of the pass.
+
+        The queries are neither normed nor rotated yet; what is found is rotated back.
+        """
         c, sinks = self.config, self.sinks.get_value()
         compressed = [source.seen() for source in compressed]
 
@@ -200,7 +202,9 @@ class Attention(nnx.Module):
 
         def by_blocks(query):
             masks = (visible for _, visible in compressed)
-            return in_blocks(attend_block, query, rows.positions, *masks)
+            query = self._prepare_queries(query, rows.positions)
+            heads = in_blocks(attend_block, query, rows.positions, *masks)
+            return self._rotate_back(heads, rows.positions)
 
         def kernel(query):
             raw, held = recent(view, rows.positions, c.window)
@@ -208,12 +212,16 @@ class Attention(nnx.Module):
             for those, visible in compressed:
                 every = jnp.where(visible, jnp.arange(visible.shape[-1]), -1)
                 source += those[0], (every if chosen is None else chosen)[0]
-            return long_attention.attend(query[0], *source, sinks=sinks)[None]
+            turned = turn(rows.positions[0], self.table)
+            query = long_attention.prepare(query[0], turned, c.rms_eps)
+            found = long_attention.attend(
+                query, *source, sinks=sinks, turn=turned, groups=c.o_groups
+            )
+            return found[None].astype(jnp.float32)
 
         served = len(query) == 1 and c.dtype == "bfloat16"
         served = served and long_attention.serves(query[0], c.window)
-        heads = of_prefill(by_blocks, query, cuda=kernel if served else None)
-        return rotate(heads, rows.positions[..., None], self.table, inverse=True)
+        return of_prefill(by_blocks, query, cuda=kernel if served else None)
 
     @property
     def table(self) -> np.ndarray:
@@ -271,6 +279,9 @@ class Attention(nnx.Module):
         """Return what each head makes of all sources, rotated back."""
         seen, sinks = [source.seen() for source in sources], self.sinks.get_value()
         heads = attend(query, seen, sinks, self.config.dtype)
+        return self._rotate_back(heads, positions)
+
+    def _rotate_back(self, heads, positions):
         return rotate(heads, positions[..., None], self.table, inverse=True)
 
     def _project(self, heads):

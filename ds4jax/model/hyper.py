@@ -118,9 +118,19 @@ class HyperConnection(nnx.Module):
         post = 2 * jax.nn.sigmoid(maps[..., m : 2 * m] * scale[1] + base[m : 2 * m])
         logits = maps[..., 2 * m :] * scale[2] + base[2 * m :]
         logits = logits.reshape(*logits.shape[:-1], m, m)
-        mix = sinkhorn(logits, c.sinkhorn_iters, c.hc_eps)
+        mix = self._sinkhorn(logits)
         x = norm(jnp.sum(pre[..., None] * streams, axis=-2))
         return x, streams, post, mix
+
+    def _sinkhorn(self, logits):
+        sizes = self.config.sinkhorn_iters, self.config.hc_eps
+
+        def kernel(logits):
+            return hyper_connection.sinkhorn(logits[0], *sizes)[None]
+
+        served = len(logits) == 1 and hyper_connection.serves_sinkhorn(logits[0])
+        run = lambda logits: sinkhorn(logits, *sizes)  # noqa: E731
+        return of_prefill(run, logits, cuda=kernel if served else None)
 
 
 def _read_by_kernel(fn, base, scale, norm, config, width, streams, update):

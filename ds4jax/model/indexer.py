@@ -52,16 +52,16 @@ class Indexer(nnx.Module):
           rows: where `x` belongs.
 
         Returns:
-          Indices of the `N = min(top-k, C)` best rows, best first (on a GPU by index
-          where no more than N exist); whether each exists yet; and the state after.
+          Indices of the `N = min(top-k, C)` best rows, best first (on a GPU by index in
+          a long pass, and where no more than N exist); whether each exists yet; and the
+          state after.
         """
         query, share, keys, cache = self._operands(x, q_lora, cache, rows)
         most = min(self.config.index_topk, keys.shape[1])
 
         def pick(query, share, keys):
-            score = self._score(query, share, keys, rows)
-            best, index = jax.lax.top_k(score, most)
-            return index, best > -jnp.inf
+            index = self._best(self._score(query, share, keys, rows), most)
+            return index, index >= 0
 
         def kernel(width, query, share, keys):
             c = self.config
@@ -78,6 +78,19 @@ class Indexer(nnx.Module):
         )
         cuda = kernel if served else None
         return *by_kernel(pick, query, share, keys, cuda=cuda), cache
+
+    def _best(self, score, most):
+        """Return the indices of the best scores, -1 where there are fewer."""
+
+        def by_sorting(score):
+            score, index = jax.lax.top_k(score, most)
+            return jnp.where(score > -jnp.inf, index, -1)
+
+        def kernel(score):
+            return long_index.choose(score[0], most)[None]
+
+        served = len(score) == 1 and long_index.chooses(score[0])
+        return of_prefill(by_sorting, score, cuda=kernel if served else None)
 
     def scores(
         self,

@@ -111,7 +111,7 @@ class MoE(nnx.Module):
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
     ) -> tuple[Int[Array, "B T U"], Float[Array, "B T U"]]:
         """Return the chosen experts, best first, and their weights."""
-        logits = self.router(x)
+        logits = of_prefill(self.router, x, cuda=self._logits_by_pieces)
         if self.hashed:
             chosen = jax.tree.map(lambda table: table[tokens], self.table.get_value())
             prob = jnp.sqrt(jax.nn.softplus(logits))
@@ -130,6 +130,16 @@ class MoE(nnx.Module):
 
         cuda = kernel if router.serves(c.experts) else None
         return by_kernel(choose, logits, cuda=cuda)
+
+    def _logits_by_pieces(self, x):
+        """Return what the router gives, from operands in pieces of bfloat16.
+
+        Matrix units take those, and six products of them are as exact as float32.
+        """
+        w = dequantize(self.router.weight.get_value()).astype(jnp.float32)
+        return jnp.einsum(
+            "...i,oi->...o", x, w, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+        )
 
     def _share(self, prob, chosen):
         """Return the weights of the chosen experts."""
@@ -151,11 +161,10 @@ class MoE(nnx.Module):
 
     def _by_tiles(self, x, chosen, share):
         """Sort rows by expert, multiply each with its own, and sum in slot order."""
-        limit = self.config.swiglu_limit
         gate, up, down = self._stacks()
         tiles = expert_tiles.sort(chosen, self.config.experts)
-        gate, up = (expert_tiles.product(x, w, tiles) for w in (gate, up))
-        hidden = clamped_swiglu(gate, up, limit)
+        activation = _swiglu(self.config.swiglu_limit)
+        hidden = expert_tiles.gated(x, gate, up, tiles, activation)
         out = expert_tiles.product(hidden, down, tiles, is_sorted=True)
         return jnp.sum(share[..., None] * out[tiles.place], axis=1)
 

@@ -2,7 +2,7 @@
 
 As XLA's own kernels it is nearly a hundred, most of them Sinkhorn's, each of a
 microsecond: more than a layer's weights take to read.  Sinkhorn's launch is beside the
-block, which needs only its input.
+block, which needs only its input.  A long pass has Sinkhorn's alone from here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from ds4jax.config import ModelConfig
 
 _PARTS = 128
 """Into how many the sums over all streams are cut, whatever the number of rows."""
+
+_ROWS = 32
+"""Rows of a long pass whose matrices a program takes, one for each thread."""
 
 
 Update = tuple[Float[Array, "R D"], Float[Array, "R M"], Float[Array, "R M M"]]
@@ -171,7 +174,11 @@ def _weights_kernel(
     post = _map(refs, row, 1, m + jnp.arange(m), c, count)
     logits = _map(refs, row, 2, 2 * m + jnp.arange(m * m), c, count)
     post_ref[row, :] = 2 * jax.nn.sigmoid(post)
-    for place, value in enumerate(_sinkhorn(logits, m, c.sinkhorn_iters, c.hc_eps)):
+    # Numbers, not arrays: every thread then computes all of them, where sums along an
+    # axis would have threads wait for each other forty times.
+    at = jnp.arange(m * m)
+    cells = [jnp.sum(jnp.where(at == place, logits, 0)) for place in range(m * m)]
+    for place, value in enumerate(_sinkhorn(cells, m, c.sinkhorn_iters, c.hc_eps)):
         mix_ref[row, place // m, place % m] = value
 
 
@@ -186,14 +193,43 @@ def _map(refs, row, which, place, c, count):
     return jnp.sum(maps, 0) * inverse * scale + base
 
 
-def _sinkhorn(logits, m, iterations, eps):
-    """Return the M^2 numbers of the matrix, each by itself.
+def serves_sinkhorn(logits: Float[Array, "R M M"]) -> bool:
+    """Say whether `sinkhorn` is for matrices of these sizes."""
+    return len(logits) % _ROWS == 0
 
-    Every thread then computes all of them: sums along an axis of an array would have
-    threads wait for each other forty times.
-    """
-    place = jnp.arange(m * m)
-    cells = [jnp.sum(jnp.where(place == at, logits, 0)) for at in range(m * m)]
+
+def sinkhorn(
+    logits: Float[Array, "R M M"],
+    iterations: int,
+    eps: float,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "R M M"]:
+    """Return `model.hyper.sinkhorn` of many matrices."""
+    return pl.pallas_call(
+        functools.partial(_sinkhorn_kernel, iterations=iterations, eps=eps),
+        grid=(len(logits) // _ROWS,),
+        out_shape=jax.ShapeDtypeStruct(logits.shape, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=1),
+        interpret=interpret,
+        name="hc_sinkhorn",
+    )(logits)
+
+
+def _sinkhorn_kernel(
+    logits_ref,  # [R, M, M]
+    out_ref,  # [R, M, M]
+    *, iterations, eps,
+):  # fmt: skip
+    rows, m = pl.ds(pl.program_id(0) * _ROWS, _ROWS), out_ref.shape[1]
+    places = [(rows, place // m, place % m) for place in range(m * m)]
+    cells = [logits_ref[place] for place in places]
+    for place, value in zip(places, _sinkhorn(cells, m, iterations, eps), strict=True):
+        out_ref[place] = value
+
+
+def _sinkhorn(cells, m, iterations, eps):
+    """Return the M^2 cells of the matrix, numbers or those of several matrices."""
     rows = [range(m * i, m * i + m) for i in range(m)]
     columns = [range(j, m * m, m) for j in range(m)]
 

@@ -146,7 +146,7 @@ def _score_kernel(
                 precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
                 preferred_element_type=jnp.float32,
             )
-            scores = _ordered(jnp.sum(share[None] * jnp.maximum(match, 0), 1))
+            scores = ordered(jnp.sum(share[None] * jnp.maximum(match, 0), 1))
             scores = jnp.where(key < count, scores, _NOTHING)
             same_list = member[None] == member[:, None]
             beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
@@ -159,7 +159,7 @@ def _score_kernel(
         jax.lax.fori_loop(0, steps, score, None)
 
 
-def _ordered(score):
+def ordered(score):
     """Return integers in the order of floats; all zeros of a row have one sign."""
     bits = jax.lax.bitcast_convert_type(score, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

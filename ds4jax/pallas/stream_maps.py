@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-_ROWS, _COLUMNS, _PARTS = 64, 64, 4
+_ROWS, _COLUMNS, _PARTS = 64, 32, 8
 """Rows and columns a program takes at a time; into how many parts columns are cut."""
 
 
@@ -41,7 +41,7 @@ def product(
             jax.ShapeDtypeStruct((_PARTS, rows, size), jnp.float32),
             jax.ShapeDtypeStruct((_PARTS, rows), jnp.float32),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="stream_maps",
     )(x, fn)
