@@ -169,23 +169,6 @@ def streams_read() -> Case:
     return dataclasses.replace(case, xla=functools.partial(run, 1))
 
 
-def prepared() -> Case:
-    """Return the case of rows normed and rotated, to be kept."""
-
-    def draw():
-        row = normal(1, 1, DECODE_ROWS, CONFIG.head_dim)
-        return weights(DENSE, "attn_kv_a_norm"), row, place(SHORT)
-
-    def run(width, own, row, start):
-        positions = decode_rows(start, width).positions
-        return dense_attention(own)._prepare_rows(row, positions)
-
-    def nbytes(width, own, row, start):
-        return row.nbytes // DECODE_ROWS * width
-
-    return part(attention, "prepare", draw, run, nbytes)
-
-
 def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Case:
     """Return the case of attention over a window and compressed rows.
 
@@ -318,7 +301,6 @@ def picked(context: int) -> Case:
 CASES = [
     *fixed(),
     streams_read(),
-    prepared(),
     attended("attend, dense", SHORT),
     attended(f"attend, CSA at {LONG:,}", LONG, LONG // 4, CONFIG.index_topk),
     attended(f"attend, HCA at {SHORT:,}", SHORT, SHORT // 128),

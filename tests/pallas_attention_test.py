@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from pallas_kernels_test import DTYPES, ROWS, assert_copies, normal, read, same
+from pallas_kernels_test import DTYPES, ROWS, normal, read, same
 
 from ds4jax.model.attention import Source, attend
 from ds4jax.model.layers import rms
@@ -25,20 +25,6 @@ def turned():
     table = frequencies(config, compressed=False)
     positions = jnp.arange(ROWS)[None] * 37
     return positions, table, turn(positions[0], table)
-
-
-def test_preparing_rows(turned):
-    positions, table, there = turned
-    row, norm = normal(1, ROWS, 64), normal(2, 64)
-
-    def run(row, width):
-        return attention.prepare_rows(row, norm, EPS, there, width, interpret=True)
-
-    whole = run(row, None)
-    expected = rotate(rms(row, EPS) * norm, positions[0], table)
-    np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
-    for width in (1, 2, 5):
-        assert_copies(run(row.at[width:].set(jnp.nan), width), whole, width)
 
 
 @pytest.mark.parametrize("window, used", [(48, 32), (480, 96)])

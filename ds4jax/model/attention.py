@@ -240,17 +240,7 @@ class Attention(nnx.Module):
 
     def _prepare_rows(self, row, positions):
         """Norm and rotate the rows [B, T, K] that are to be kept."""
-
-        def prepare(row, positions):
-            return self._keep(rotate(self.kv_norm(row), positions, self.table))
-
-        def kernel(width, row, positions):
-            norm, eps = self.kv_norm.weight.get_value(), self.config.rms_eps
-            turned = turn(positions[0], self.table)
-            return pallas.prepare_rows(row[0], norm, eps, turned, width)[None]
-
-        served = self.config.kv_rounding == "none" and self._is_served([])
-        return by_kernel(prepare, row, positions, cuda=kernel if served else None)
+        return self._keep(rotate(self.kv_norm(row), positions, self.table))
 
     def _attend(self, query, sources, positions):
         """Return the first map of what each head makes of all sources.

@@ -1,10 +1,9 @@
 """Attention of a few rows over shared and over chosen rows, on NVIDIA GPUs.
 
-One launch norms and rotates the rows that are to be kept.  Then each source is cut into
-parts of a fixed size, and programs take a part each, for its softmax and its sums, with
-queries that they norm and rotate themselves; one more launch puts the parts of all
-sources together in their order, rotates back and writes fixed point.  What is
-multiplied and in what order depends on the sources' sizes alone.
+Each source is cut into parts of a fixed size, and programs take a part each, for its
+softmax and its sums, with queries that they norm and rotate themselves; one more launch
+puts the parts of all sources together in their order, rotates back and writes fixed
+point.  What is multiplied and in what order depends on the sources' sizes alone.
 """
 
 from __future__ import annotations
@@ -58,57 +57,6 @@ def _cut(sizes: Sequence[int]) -> tuple[int, list[int]]:
         if ends[-1] <= _FEW_PARTS:
             break
     return rows, ends
-
-
-def prepare_rows(
-    rows: Float[Array, "T K"],
-    norm: Float[Array, "K"],
-    eps: float,
-    turn: Turn,
-    width: int | None = None,
-    *,
-    interpret: bool = False,
-) -> Float[Array, "T K"]:
-    """Return rows, of key and value at once, normed and rotated.
-
-    Args:
-      rows: what their projection gives.
-      norm: weight of the norm.
-      eps: of the norm.
-      turn: the rotation.
-      width: how many rows, the first ones, are not copies of the last of these.
-      interpret: without a GPU.
-    """
-    return pl.pallas_call(
-        functools.partial(_rows_kernel, eps=eps, width=width or len(rows)),
-        grid=(len(rows),),
-        out_shape=jax.ShapeDtypeStruct(rows.shape, jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=2),
-        interpret=interpret,
-        name="attend_prepare_rows",
-    )(rows, norm, *turn)
-
-
-def _rows_kernel(
-    rows_ref,  # [T, K]
-    norm_ref,  # [K]
-    cos_ref,  # [T, R]
-    sin_ref,  # [T, R]
-    out_ref,  # [T, K]
-    *, eps, width,
-):  # fmt: skip
-    row = pl.program_id(0)
-    read = jnp.minimum(row, width - 1)
-    (k,), (r,) = rows_ref.shape[1:], cos_ref.shape[1:]
-    x = rows_ref[read, :]
-    inverse = 1 / jnp.sqrt(jnp.sum(x * x) / k + eps)
-    load = lambda at: rows_ref[read, at] * inverse * norm_ref[at]  # noqa: E731
-    # All loads come first: none may pass a store, and each would wait for the last.
-    pieces = [load(at + jnp.arange(r)) for at in range(0, k, r)]
-    other = load(k - r + (jnp.arange(r) ^ 1))
-    pieces[-1] = pieces[-1] * cos_ref[read, :] + other * sin_ref[read, :]
-    for number, piece in enumerate(pieces):
-        out_ref[row, pl.ds(number * r, r)] = piece
 
 
 def attend(
