@@ -96,6 +96,8 @@ def test_readme_says_what_the_gate_costs():
         assert {check.better for check in of_arm} == {better}
         said = ", ".join(f"{check.text} {percents(check.slower)}" for check in of_arm)
         assert said in readme()
+    most = max(check.by_counters for check in checks)
+    assert f"at most {most:.1%} slower than the better" in readme().replace(" %", "%")
 
 
 def test_readme_says_what_the_peer_does():

@@ -70,6 +70,21 @@ def test_the_gate_is_held_to_the_better_of_plain_and_ungated(slower, holds):
     assert ("| NO |" in render(runs)) != holds
 
 
+def test_what_the_gate_costs_by_counters():
+    """A cycle takes 17 / 15 of a plain pass; half of the gated ones do not draft."""
+    gated = Arm("continuous", 1, gate=True)
+    found = []
+    for accepted in (32, 0):
+        counters = dict(accepted_1=accepted, tokens=40 + accepted)
+        half = counters | dict(drafted_1=20)
+        arms = {PLAIN: {}, ONE_ROW: {}, CONTINUOUS: counters, gated: half}
+        runs = [ablations.run(arm, **changes) for arm, changes in arms.items()]
+        found += [check.by_counters for check in summary.check_gates(runs)]
+    cycle = 17 / 15
+    mean = (cycle + 1) / 2
+    assert found == pytest.approx([mean / cycle - 1, mean - 1])
+
+
 def test_the_report_has_every_arm_and_where_it_was_made():
     page = render(ablations.runs())
     for arm in arms(ablations.SETTINGS):

@@ -131,12 +131,14 @@ def _gate(runs: Sequence[Run]) -> list[str]:
         return ["No arm has the gate."]
     heads = (
         "arm", "text", "better of plain and ungated", "slower than it",
-        f"at most {GATE_TOLERANCE:.0%} slower", "slower than plain one-row",
+        f"at most {GATE_TOLERANCE:.0%} slower", "slower by counters",
+        "slower than plain one-row",
     )  # fmt: skip
     rows = [
         (
             check.arm, check.text, check.better, percents(check.slower),
-            "yes" if check.holds else "NO", percents(check.slower_than_one_row),
+            "yes" if check.holds else "NO", f"{check.by_counters:+.1%}",
+            percents(check.slower_than_one_row),
         )
         for check in checks
     ]  # fmt: skip

@@ -132,9 +132,7 @@ def _summary(own: Sequence[Run], arms: dict[str, list[Run]], reference: str) -> 
     accepted = [
         sum(place) for place in zip(*(run.accepted for run in own), strict=True)
     ]
-    share = 1.0
-    if own[0].gate:
-        share = (drafted[0] + sum(run.cold_cycles for run in own)) / cycles
+    share = _drafting(own)
     base = 1.0 + share * (own[0].mode == "chained")
     cost = Cost(
         r=share * target_ms / plain + (1 - share) * resting,
@@ -157,6 +155,14 @@ def _summary(own: Sequence[Run], arms: dict[str, list[Run]], reference: str) -> 
     )
 
 
+def _drafting(own: Sequence[Run]) -> float:
+    """Return the share of cycles that draft, of runs of one arm."""
+    if not own[0].gate:
+        return 1.0
+    drafting = sum(run.drafted[0] + run.cold_cycles for run in own)
+    return drafting / sum(run.cycles for run in own)
+
+
 @dataclasses.dataclass(frozen=True)
 class GateCheck:
     """Whether the gate keeps an arm from being slower than what it chooses between.
@@ -167,6 +173,8 @@ class GateCheck:
       better: the faster of the same arm without the gate, and plain decoding in the
         exact class, which is what the gate turns to.
       slower: how much slower than it, as a share, run by run; below 0 if faster.
+      by_counters: the same, had each cycle taken what its passes take alone.  It knows
+        nothing of what else a cycle takes, and nothing of a machine that others use.
       slower_than_one_row: the same, against plain decoding by passes of one row.
     """
 
@@ -174,6 +182,7 @@ class GateCheck:
     text: str
     better: str
     slower: Estimate
+    by_counters: float
     slower_than_one_row: Estimate
 
     @property
@@ -196,7 +205,12 @@ def check_gates(runs: Sequence[Run]) -> list[GateCheck]:
         better = min(ungated, plain, key=_median_seconds)
         found.append(
             GateCheck(
-                arm, text, better[0].arm, _slower(own, better), _slower(own, one_row)
+                arm=arm,
+                text=text,
+                better=better[0].arm,
+                slower=_slower(own, better),
+                by_counters=_slower_by_counters(own, ungated, plain),
+                slower_than_one_row=_slower(own, one_row),
             )
         )
     return found
@@ -209,3 +223,18 @@ def _median_seconds(runs: Sequence[Run]) -> float:
 def _slower(own: Sequence[Run], rival: Sequence[Run]) -> Estimate:
     """Return how much slower an arm is than another, as a share."""
     return estimate([1 / ratio - 1 for ratio in paired(rival, own)])
+
+
+def _slower_by_counters(
+    own: Sequence[Run], ungated: Sequence[Run], plain: Sequence[Run]
+) -> float:
+    """Return `GateCheck.by_counters`; cycles that draft take what ungated ones do."""
+    one_pass = statistics.median(run.target_ms for run in plain)
+    cycle = statistics.median(run.target_ms + run.draft_ms for run in ungated)
+
+    def per_token(runs):
+        share, tokens = _drafting(runs), sum(run.tokens for run in runs)
+        cycles = sum(run.cycles for run in runs)
+        return (share * cycle + (1 - share) * one_pass) * cycles / tokens
+
+    return per_token(own) / min(one_pass, per_token(ungated)) - 1
