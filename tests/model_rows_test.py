@@ -174,3 +174,26 @@ def test_a_loop_on_the_device_gives_the_bits_of_single_passes():
     np.testing.assert_array_equal(chosen, np.stack(found_chosen))
     np.testing.assert_array_equal(peaks, np.stack(found_peaks))
     assert_same(state, (cache, mtp_cache, token))
+
+
+@pytest.mark.parametrize("width", [5, 24])
+def test_logits_of_the_last_real_row_alone(width):
+    """Of a decode pass the bits are the same, whatever else it is asked for.
+
+    Seen red with the first row, and in the long pass with the last, real or not.
+    """
+    config = CONFIGS["micro"]
+    model, tokens, count = lively(config), text(config, width, batch=2), [3, width]
+    run = functools.partial(
+        jax.jit(lambda *args, last: model.modules().trunk(*args, last=last),
+                static_argnames="last"),
+        tokens, fresh(config, batch=2), jnp.asarray(count, jnp.int32),
+    )  # fmt: skip
+    every, one = run(last=False), run(last=True)
+    expected = every.logits[jnp.arange(2), jnp.asarray(count) - 1]
+    assert one.logits.shape == (2, 1, config.vocab)
+    if width <= DECODE_ROWS:
+        np.testing.assert_array_equal(one.logits[:, 0], expected)
+        assert_same_state(one.cache, every.cache, config)
+    # One row of a product may be summed in another order than many.
+    np.testing.assert_allclose(one.logits[:, 0], expected, rtol=1e-4, atol=1e-5)
