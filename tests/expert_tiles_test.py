@@ -60,6 +60,23 @@ def test_product(name):
     check(found[tiles.place], "ti,tuoi->tuo", x, of_chosen, "bfloat16")
 
 
+@pytest.mark.parametrize("names", [("IQ2_XXS", "IQ2_XXS"), ("IQ2_XXS", "Q2_K")])
+def test_gate_and_up(names):
+    """In one launch and in two.  Seen red with the two in each other's place."""
+    x, chosen = normal(ROWS, IN), jnp.asarray(CHOICES["some"])
+    gate, up = (
+        synthetic.blocks(jax.random.key(seed), name, (EXPERTS, OUT, IN))
+        for seed, name in enumerate(names)
+    )
+    tiles = expert_tiles.sort(chosen, EXPERTS, TILE)
+    args = x, gate, up, tiles, lambda gate, up: jnp.tanh(gate) * up
+    found = expert_tiles.gated(*args, interpret=True)[tiles.place]
+    assert found.dtype == jnp.bfloat16
+    alone = (expert_tiles.product(x, w, tiles, interpret=True) for w in (gate, up))
+    one, other = (out[tiles.place] for out in alone)
+    np.testing.assert_allclose(found, jnp.tanh(one) * other, rtol=ROUNDED, atol=1e-6)
+
+
 def moe() -> MoE:
     config = ModelConfig.flash(
         layers=1, compress_ratios=(0,), hash_layers=0, hidden=IN, expert_ffn=IN,

@@ -122,12 +122,18 @@ def gated(
 
     Args:
       x: the rows that `tiles.source` names.
-      gate, up: [E, Out, In], of one of FORMATS, the same.
+      gate, up: [E, Out, In], each of one of FORMATS.
       tiles: of `sort`.
       activation: elementwise.
       interpret: without a GPU.
     """
-    return _products(x, [gate, up], tiles, activation, False, interpret)
+    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
+    pair = [gate, up]
+    if gate.format == up.format == "IQ2_XXS":
+        return _products(x, pair, tiles, activation, False, interpret)
+    # A program that decodes others has no registers for two.
+    found = (product(x, w, tiles, interpret=interpret) for w in pair)
+    return activation(*found).astype(jnp.bfloat16)
 
 
 def _products(x, weights, tiles, activation, is_sorted, interpret):
