@@ -155,7 +155,7 @@ class Attention(nnx.Module):
         q_lora, row = project(x, self.q_a, self.kv)
         query = project_normed(q_lora, self.q_norm, self.q_b)
         query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
-        row = self._prepare_rows(row, rows.positions)
+        row = self._keep(rotate(self.kv_norm(row), rows.positions, self.table))
 
         view, raw = extend(cache and cache.raw, row, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
@@ -237,10 +237,6 @@ class Attention(nnx.Module):
         """Norm and rotate queries [B, T, H, K]."""
         query = rms(query, self.config.rms_eps)
         return rotate(query, positions[..., None], self.table)
-
-    def _prepare_rows(self, row, positions):
-        """Norm and rotate the rows [B, T, K] that are to be kept."""
-        return self._keep(rotate(self.kv_norm(row), positions, self.table))
 
     def _attend(self, query, sources, positions):
         """Return the first map of what each head makes of all sources.

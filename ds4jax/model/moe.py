@@ -136,7 +136,7 @@ class MoE(nnx.Module):
 
         Matrix units take those, and six products of them are as exact as float32.
         """
-        w = dequantize(self.router.weight.get_value()).astype(jnp.float32)
+        w = dequantize(self.router.weight.get_value())
         return jnp.einsum(
             "...i,oi->...o", x, w, precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
         )

@@ -1,7 +1,8 @@
 """Attention of many queries over their windows and what they chose, on NVIDIA GPUs.
 
 A program takes one query, all of whose heads share their keys, which are the values
-too: so each row that it can see is read once, and no other is.
+too: so each row that it can see is read once, and no other is.  A launch before norms
+and rotates the queries.
 """
 
 from __future__ import annotations
