@@ -1,8 +1,9 @@
 """What the gate costs where drafts pay, and what it saves where they do not.
 
 ds4's pairing of the head stands for drafts that are seldom accepted.  The rounds are
-many, and the texts long, because the question is one of 2 %: each time that drafts are
-tried in vain costs what a few passes do.
+many, the texts long and the turns short, because the question is one of 2 %: each time
+that drafts are tried in vain costs what a few passes do, and a machine's own speed
+changes by more from one run to the next.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,8 @@ def get_config():
             "seeds": (0,),
             "temperature": 0.0,
             "tokens": 1024,
-            "rounds": 20,
+            "turn": 16,
+            "rounds": 12,
             "repeats": 2,
         }
     )

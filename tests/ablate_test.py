@@ -7,20 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import commands
 import pytest
 import shipped
 
+from ds4jax import gguf
 from ds4jax.experiments import runs_csv
+from ds4jax.experiments.arm_runs import Bench
+from ds4jax.experiments.arms import ONE_ROW, PLAIN, Arm, Settings, arms
 from ds4jax.experiments.figures import FIGURES
+from ds4jax.model import deepseek
 
 CONFIG = """
 def get_config():
     from ml_collections import ConfigDict
     return ConfigDict(dict(
         modes=("continuous",), depths=(0, 1), texts=("copy",), tokens=12,
-        rounds=12, repeats=1, gates=(False,), verifiers=("exact",), seeds=(0,),
+        turn=5, rounds=12, repeats=1, gates=(False,), verifiers=("exact",), seeds=(0,),
     ))
 """
 ARMS = ("plain", "plain one-row", "continuous 1")
@@ -113,6 +118,41 @@ def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
     assert "name another --out" in err and table.read_bytes() == done
 
 
+def test_the_arm_that_is_behind_has_the_next_turn_and_turns_change_nothing(
+    words, monkeypatch
+):
+    """In turns of a pass or two each arm counts what it does when left to run."""
+    trunk_path, mtp_path = (Path(word.split("=")[1]) for word in words[:2])
+    config, trunk = gguf.load_trunk(trunk_path)
+    model = deepseek.build(config, trunk, gguf.load_mtp(mtp_path, config))
+    prompts = {("copy", 0): range(20)}
+    every = [PLAIN, ONE_ROW, Arm("continuous", 1), Arm("continuous", 1, gate=True)]
+    of_time = {"seconds", "tokens_per_second", "target_ms", "draft_ms"}
+    found = {}
+    for turn in (2, 100):
+        bench = Bench(model, Settings(tokens=11, turn=turn, repeats=1), prompts)
+        decode, had = bench._decode, []
+
+        def recorded(arm, carry, decode=decode, had=had):
+            had.append((arm, int(carry.length[0])))
+            return decode(arm, carry)
+
+        monkeypatch.setattr(bench, "_decode", recorded)
+        rows = bench.run(every, ("copy", 0), 1)
+        found[turn] = [
+            {name: row[name] for name in row.keys() - of_time} for row in rows
+        ]
+        lengths = [length for _, length in had]
+        assert lengths == sorted(lengths)
+        if turn == 100:
+            assert [arm for arm, _ in had] == every
+        else:
+            assert len(had) >= 20
+            assert [arm for arm, _ in had].count(PLAIN) == 6
+        assert all(row["seconds"] > 0 for row in rows)
+    assert found[2] == found[100]
+
+
 def test_fields_of_the_config_are_flags(ablate, words, tmp_path):
     """Texts and seeds multiply the runs; a seed starts from a part of the text."""
     status, out, err = ablate(
@@ -136,6 +176,7 @@ def test_fields_of_the_config_are_flags(ablate, words, tmp_path):
         (["--config.texts=copy,poem"], "--config.texts: expected some of: copy techn"),
         (["--config.modes=eager"], "--config.modes: expected some of: continuous cha"),
         (["--config.rounds=0"], "--config.rounds: expected at least 1, found 0"),
+        (["--config.turn=0"], "--config.turn: expected at least 1, found 0"),
         (["--config.rounds=x"], "--config.rounds=x: invalid literal for int"),
         (["--config.seeds=-1"], "--config.seeds: expected some of 0, 1, .."),
         (["--config.round=3"], 'Did you mean "rounds" instead of "round"?'),
@@ -180,9 +221,6 @@ def test_what_it_needs_is_told(ablate, words):
 
 def test_the_configs_that_ship_are_good():
     import importlib.util
-    from pathlib import Path
-
-    from ds4jax.experiments.arms import Settings, arms
 
     folder = Path(__file__).parent.parent / "configs"
     names = sorted(folder.glob("ablation_*.py"))

@@ -15,8 +15,9 @@ Example:
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]):
     }  # fmt: skip
     done = runs_csv.read(table) if table.exists() else []
     known = {run.key for run in done}
-    todo = [key for key in plan(settings) if _key(*key) not in known]
+    todo = list(plan(settings, known))
     # Where all is measured, the report may be written anew by another commit.
     expected = origin if todo else {"config": origin["config"]}
     runs_csv.check_same(table, done, expected)
@@ -94,12 +95,12 @@ def _model_name() -> str:
     return " ".join(sizes)
 
 
-Turn = tuple[int, Passage, Arm]
-"""A run to come: its round, what it continues, and how."""
+Together = tuple[int, Passage, Sequence[Arm]]
+"""Runs to come that take turns: their round, what they continue, and how each does."""
 
 
-def plan(settings: Settings) -> Iterator[Turn]:
-    """Yield the runs of an ablation, in order.
+def plan(settings: Settings, known: Container[Key] = ()) -> Iterator[Together]:
+    """Yield the runs of an ablation that are not yet known, in order.
 
     Within a round all arms take turns on a passage, and each round another one starts,
     so that no arm always follows the same.
@@ -107,20 +108,17 @@ def plan(settings: Settings) -> Iterator[Turn]:
     every = arms(settings)
     for number in range(1 + settings.rounds):
         at = number % len(every)
-        for text in settings.texts:
-            for seed in settings.seeds:
-                for arm in (*every[at:], *every[:at]):
-                    yield number, (text, seed), arm
-
-
-def _key(number: int, passage: Passage, arm: Arm) -> Key:
-    return arm.name, *passage, number
+        for passage in itertools.product(settings.texts, settings.seeds):
+            turns = *every[at:], *every[:at]
+            todo = [arm for arm in turns if (arm.name, *passage, number) not in known]
+            if todo:
+                yield number, passage, todo
 
 
 def measure(
     settings: Settings,
     done: Sequence[Run],
-    todo: Sequence[Turn],
+    todo: Sequence[Together],
     table: Path,
     origin: dict[str, Any],
 ) -> list[Run]:
@@ -138,20 +136,20 @@ def measure(
     for run in done:
         bench.remember(run)
     found = []
-    bar = tqdm(total=len(done) + len(todo), initial=len(done), unit="run", disable=None)
+    total = len(done) + sum(len(group) for _, _, group in todo)
+    bar = tqdm(total=total, initial=len(done), unit="run", disable=None)
     with bar, runs_csv.appending(table) as append:
-        warm = set()
         bar.set_postfix_str("compiling")
-        for _, passage, arm in todo:
-            if arm not in warm:
-                bench.warm(arm, passage)
-                warm.add(arm)
-        for number, passage, arm in todo:
-            bar.set_postfix_str(f"{arm.name}, {passage[0]}")
-            run = Run(**bench.run(arm, passage, number) | origin)
-            append(run)
-            found.append(run)
-            bar.update()
+        used = {arm: passage for _, passage, group in todo for arm in group}
+        for arm, passage in used.items():
+            bench.warm(arm, passage)
+        for number, passage, group in todo:
+            bar.set_postfix_str(f"round {number}, {passage[0]}")
+            for columns in bench.run(group, passage, number):
+                run = Run(**columns | origin)
+                append(run)
+                found.append(run)
+                bar.update()
     return found
 
 

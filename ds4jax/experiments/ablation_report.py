@@ -20,10 +20,11 @@ from ds4jax.experiments.tables import interval, number, percents, table
 
 WORDS = """\
 Every number is of the runs after the first round, over all seeds.  Times are of whole
-runs on the device, compilation and prefill left out.  A bracket is a bootstrap 95 %
-interval of the median, a parenthesis the least and the most.  Speed-ups are paired: a
-run against that of plain decoding of the same text, seed and round.  Plain decoding is
-measured in the exact class and by passes of one row; the faster one is what counts.
+runs on the device, all turns of each, compilation and prefill left out.  A bracket is a
+bootstrap 95 % interval of the median, a parenthesis the least and the most.  Speed-ups
+are paired: a run against that of plain decoding of the same text, seed and round.
+Plain decoding is measured in the exact class and by passes of one row; the faster one
+is what counts.
 """
 MODEL = """\
 r is the time of a cycle's target passes and d of its drafts, in passes of the faster

@@ -32,19 +32,27 @@ Passage = tuple[str, int]
 
 
 @functools.partial(jax.jit, static_argnames="decoding", donate_argnames="carry")
-def decode_one_row(model: Model, carry: DecodeCarry, decoding: Decoding):
-    """Decode plainly to the end of the budget by passes of one row.
+def decode_one_row(
+    model: Model, carry: DecodeCarry, limit: Int[Array, ""], decoding: Decoding
+):
+    """Decode plainly by passes of one row, to the end of the budget or `limit` of them.
 
     They are outside the row contract, like a batched verification.
     """
 
-    def step(carry):
+    def step(state):
+        carry, done = state
         block = first_token(carry, decoding.temperature)[:, None]
         out = verify(model, carry, block, "batched")
         one = jnp.ones_like(carry.length)
-        return commit(carry, out, block, one, jnp.int32(-1), decoding)[0]
+        carry, _ = commit(carry, out, block, one, jnp.int32(-1), decoding)
+        return carry, done + 1
 
-    return jax.lax.while_loop(lambda carry: jnp.any(carry.active), step, carry)
+    def goes_on(state):
+        carry, done = state
+        return jnp.any(carry.active) & (done < limit)
+
+    return jax.lax.while_loop(goes_on, step, (carry, jnp.int32(0)))[0]
 
 
 @functools.partial(jax.jit, static_argnames=("width", "exact"))
@@ -107,20 +115,42 @@ class Bench:
         jax.block_until_ready(self._decode(arm, carries.with_budget(start, 2)))
         self._cycle_ms(arm, passage, 1)
 
-    def run(self, arm: Arm, passage: Passage, number: int) -> dict[str, Any]:
-        """Return what a run says, by column, but for where it was made.
+    def run(
+        self, arms: Sequence[Arm], passage: Passage, number: int
+    ) -> list[dict[str, Any]]:
+        """Return what a run of each arm says, by column, but for where it was made.
+
+        They take turns: the next is that of the arm which is behind all others.
 
         Args:
-          arm: the way of decoding.
+          arms: the ways of decoding.
           passage: what to continue.
           number: of the round.
         """
-        start = self._start(arm, passage)
-        tokens = self.settings.tokens
-        fresh = jax.block_until_ready(carries.with_budget(start, tokens))
-        before = time.perf_counter()
-        carry = jax.block_until_ready(self._decode(arm, fresh))
-        seconds = time.perf_counter() - before
+        budget = self.settings.tokens
+        states = {
+            arm: carries.with_budget(self._start(arm, passage), budget) for arm in arms
+        }
+        seconds = dict.fromkeys(arms, 0.0)
+
+        def committed(arm: Arm) -> int:
+            return int(states[arm].length[0])
+
+        while active := [arm for arm in arms if states[arm].active[0]]:
+            arm = min(active, key=committed)
+            state = jax.block_until_ready(states[arm])
+            before = time.perf_counter()
+            states[arm] = jax.block_until_ready(self._decode(arm, state))
+            seconds[arm] += time.perf_counter() - before
+        return [
+            self._words(arm, passage, number, states[arm], seconds[arm]) for arm in arms
+        ]
+
+    def _words(
+        self, arm: Arm, passage: Passage, number: int, carry: DecodeCarry,
+        seconds: float,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return what a run says, which took `seconds` and left `carry`."""
         target_ms, draft_ms = self._cycle_ms(arm, passage, self.settings.repeats)
         counts = carry.statistics.of()
         found = driver.committed(carry)
@@ -164,10 +194,11 @@ class Bench:
         return jax.tree.map(jnp.copy, carry)
 
     def _decode(self, arm: Arm, carry: DecodeCarry) -> DecodeCarry:
-        decoding = arm.decoding(self.settings)
+        """Decode for a turn."""
+        decoding, turn = arm.decoding(self.settings), self.settings.turn
         if arm == ONE_ROW:
-            return decode_one_row(self.model, carry, decoding)
-        return driver.run(self.model, carry, decoding)
+            return decode_one_row(self.model, carry, jnp.int32(turn), decoding)
+        return driver.run(self.model, carry, decoding, limit=turn)
 
     def _cycle_ms(
         self, arm: Arm, passage: Passage, repeats: int

@@ -37,6 +37,9 @@ class Settings:
         seed is that of the noise as well.
       temperature: of sampling; 0 is greedy.
       tokens: committed by a run.
+      turn: most cycles of a run before those of the other arms have their turns, so
+        that a machine which slows down meanwhile slows down all of them.  Each turn
+        starts the compiled program anew, which is in its time.
       rounds: runs of each arm that count; one more, the first, is dropped.
       repeats: passes that a draft's and a verification's time is the mean of.
 
@@ -56,6 +59,7 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
     temperature: float = 0.0
     tokens: int = 128
+    turn: int = 128
     rounds: int = 5
     repeats: int = 10
 
@@ -82,7 +86,7 @@ class Settings:
         expect("config.seeds", bool(whole) and all(whole), "some of 0, 1, ..", seeds)
         expect("config.seeds", len(set(seeds)) == len(seeds), "each once", seeds)
         expect("config.cross", type(self.cross) is bool, "True or False", self.cross)
-        for name in ("tokens", "rounds", "repeats"):
+        for name in ("tokens", "turn", "rounds", "repeats"):
             found = getattr(self, name)
             expect(f"config.{name}", type(found) is int and found >= 1, "at least 1",
                    found)  # fmt: skip
