@@ -18,6 +18,7 @@ from ds4jax.model.layers import scope
 from ds4jax.model.moe import MoE
 from ds4jax.pallas import expert_tiles
 from ds4jax.pallas.passes import Prefill, within
+from ds4jax.pallas.tile_formats import FORMATS
 
 IN, OUT, EXPERTS, USED, ROWS, TILE = 512, 32, 6, 2, 40, 16
 ROUNDED = 2.0**-8
@@ -48,7 +49,7 @@ def test_every_pair_has_a_place_in_a_tile_of_its_expert(which):
     assert place.max() // TILE < count == sum(-(-sizes // TILE)) <= len(tiles.expert)
 
 
-@pytest.mark.parametrize("name", expert_tiles.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_product(name):
     """Seen red with the columns of x as they come."""
     x, chosen = normal(ROWS, IN), jnp.asarray(CHOICES["everybody's"])

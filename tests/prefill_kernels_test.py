@@ -91,7 +91,7 @@ def test_choice():
     """
     scores = jnp.round(normal(0, QUERIES, CAPACITY))
     scores = scores.at[1, 5:].set(-jnp.inf).at[2].set(-jnp.inf)
-    assert long_index.chooses(scores)
+    assert long_index.serves_choice(scores)
     found = long_index.choose(scores, MOST, interpret=True)
     best, index = jax.lax.top_k(scores, MOST)
     index = jnp.sort(jnp.where(best > -jnp.inf, index, CAPACITY), axis=1)

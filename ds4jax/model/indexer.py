@@ -89,7 +89,7 @@ class Indexer(nnx.Module):
         def kernel(score):
             return long_index.choose(score[0], most)[None]
 
-        served = len(score) == 1 and long_index.chooses(score[0])
+        served = len(score) == 1 and long_index.serves_choice(score[0])
         return of_prefill(by_sorting, score, cuda=kernel if served else None)
 
     def scores(

@@ -83,7 +83,7 @@ def _kernel(
         out_ref[row, own] = jnp.sum(share * jnp.maximum(match, 0), 0)
 
 
-def chooses(scores: Float[Array, "T C"]) -> bool:
+def serves_choice(scores: Float[Array, "T C"]) -> bool:
     """Say whether `choose` is for so many scores."""
     return pl.next_power_of_2(scores.shape[1]) <= _MOST_KEYS
 
