@@ -25,8 +25,8 @@ def get_config():
             "seeds": (0,),
             "temperature": 0.0,
             "tokens": 1024,
-            "turn": 16,
-            "rounds": 12,
+            "turn": 32,
+            "rounds": 10,
             "repeats": 2,
         }
     )
