@@ -121,12 +121,15 @@ def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
 def test_the_arm_that_is_behind_has_the_next_turn_and_turns_change_nothing(
     words, monkeypatch
 ):
-    """In turns of a pass or two each arm counts what it does when left to run."""
+    """In turns of two cycles each arm counts what it does when left to run.
+
+    Seen red where the first arm goes on, and where a turn takes more.
+    """
     trunk_path, mtp_path = (Path(word.split("=")[1]) for word in words[:2])
     config, trunk = gguf.load_trunk(trunk_path)
     model = deepseek.build(config, trunk, gguf.load_mtp(mtp_path, config))
     prompts = {("copy", 0): range(20)}
-    every = [PLAIN, ONE_ROW, Arm("continuous", 1), Arm("continuous", 1, gate=True)]
+    every = [PLAIN, ONE_ROW, Arm("continuous", 1)]
     of_time = {"seconds", "tokens_per_second", "target_ms", "draft_ms"}
     found = {}
     for turn in (2, 100):
@@ -147,8 +150,9 @@ def test_the_arm_that_is_behind_has_the_next_turn_and_turns_change_nothing(
         if turn == 100:
             assert [arm for arm, _ in had] == every
         else:
-            assert len(had) >= 20
-            assert [arm for arm, _ in had].count(PLAIN) == 6
+            turns = collections.Counter(arm for arm, _ in had)
+            assert turns[PLAIN] == turns[ONE_ROW] == 6
+            assert all(3 <= turns[arm] <= 6 for arm in every)
         assert all(row["seconds"] > 0 for row in rows)
     assert found[2] == found[100]
 

@@ -51,7 +51,7 @@ def test_every_pair_has_a_place_in_a_tile_of_its_expert(which):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_product(name):
-    """Seen red with the columns of x as they come."""
+    """Seen red with columns in another order, and with weights of the step before."""
     x, chosen = normal(ROWS, IN), jnp.asarray(CHOICES["everybody's"])
     w = synthetic.blocks(jax.random.key(2), name, (EXPERTS, OUT, IN))
     assert expert_tiles.serves(w)
