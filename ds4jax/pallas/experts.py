@@ -52,19 +52,6 @@ def _read_by_group(at, refs, chunk):
     return [at(ref, chunk // 2 * 2 + level) for level in range(2) for ref in refs]
 
 
-def _unpack_q2_k(scales):
-    (packed,) = (word.astype(jnp.int32) for word in scales)
-    return [
-        ((packed >> (8 * level)) & 15, (packed >> (8 * level + 4)) & 15)
-        for level in range(4)
-    ]
-
-
-def _unpack_q4_k(scales):
-    first, least, second, second_least = (byte.astype(jnp.int32) for byte in scales)
-    return [(first, least), (second, second_least)]
-
-
 def _k_quant(
     bits: int,
     read: Callable,
@@ -83,9 +70,15 @@ def _k_quant(
 
 FORMATS = {
     "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (4, 2, 16, 2)),
-    "Q2_K": _k_quant(2, _read_by_chunk, _unpack_q2_k, ("dmin", "scales"), (4, 4, 8, 4)),
+    "Q2_K": _k_quant(
+        2, _read_by_chunk, k_quants.unpack_q2_k, ("dmin", "scales"), (4, 4, 8, 4)
+    ),
     "Q4_K": _k_quant(
-        4, _read_by_group, _unpack_q4_k, ("dmin", "scales", "mins"), (4, 4, 8, 4)
+        4,
+        _read_by_group,
+        k_quants.unpack_q4_k,
+        ("dmin", "scales", "mins"),
+        (4, 4, 8, 4),
     ),
     "IQ2_XXS": Format(
         Order(by_word=True),

@@ -42,6 +42,21 @@ def planes(w: QuantTensor, scales: Sequence[str]) -> list[Array]:
     ]
 
 
+def unpack_q2_k(scales: list[Array]) -> list[tuple[Array, Array]]:
+    """Return the scale and the minimum of each level of Q2_K, from a word of both."""
+    (packed,) = (word.astype(jnp.int32) for word in scales)
+    return [
+        ((packed >> (8 * level)) & 15, (packed >> (8 * level + 4)) & 15)
+        for level in range(4)
+    ]
+
+
+def unpack_q4_k(scales: list[Array]) -> list[tuple[Array, Array]]:
+    """Return the same of Q4_K, from a byte for each."""
+    first, least, second, second_least = (byte.astype(jnp.int32) for byte in scales)
+    return [(first, least), (second, second_least)]
+
+
 def multiply(
     x: Sequence[Any],
     tiles: Sequence[tuple[Sequence[Any], Array]],

@@ -19,6 +19,7 @@ from jaxtyping import Array, BFloat16
 
 from ds4jax.iq2_grid import IQ2_GRID
 from ds4jax.pallas.fixed_point import assembly
+from ds4jax.pallas.k_quants import unpack_q2_k, unpack_q4_k
 from ds4jax.quant import QuantTensor
 
 COLUMNS = 128
@@ -143,23 +144,11 @@ def _picked(quants: Array, scale: Array, least: Array, bits: int) -> list[Array]
 
 
 def _read_q2_k(refs, expert, rows, group):
-    return [ref[expert, rows, group].astype(jnp.int32) for ref in refs]
-
-
-def _unpack_q2_k(loaded):
-    (packed,) = loaded
-    return [
-        ((packed >> (8 * level)) & 15, (packed >> (8 * level + 4)) & 15)
-        for level in range(4)
-    ]
+    return [ref[expert, rows, group] for ref in refs]
 
 
 def _read_q4_k(refs, expert, rows, group):
     return [ref[expert, rows, group * 2 + level] for level in range(2) for ref in refs]
-
-
-def _unpack_q4_k(loaded):
-    return list(zip(loaded[::2], loaded[1::2], strict=True))
 
 
 def _arrange_iq2(x: Array) -> Array:
@@ -231,8 +220,8 @@ def _twice(x: Array) -> Array:
 
 
 FORMATS = {
-    "Q2_K": _k_format(2, ("scales",), _read_q2_k, _unpack_q2_k, (0, 3, 1, 2, 4)),
-    "Q4_K": _k_format(4, ("scales", "mins"), _read_q4_k, _unpack_q4_k, (0, 1, 3, 2, 4)),
+    "Q2_K": _k_format(2, ("scales",), _read_q2_k, unpack_q2_k, (0, 3, 1, 2, 4)),
+    "Q4_K": _k_format(4, ("scales", "mins"), _read_q4_k, unpack_q4_k, (0, 1, 3, 2, 4)),
     "IQ2_XXS": Format(True, _arrange_iq2, _iq2_operands, _load_iq2, _decode_iq2),
 }
 """By ggml type."""
