@@ -194,7 +194,7 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
             visible = jnp.ones((1, DECODE_ROWS, used or compressed), bool)
             sources.append(Source(normal(3, 1, compressed, k), visible, index))
         query = normal(0, 1, DECODE_ROWS, CONFIG.heads, k)
-        own = weights(DENSE, "attn_sinks", "attn_output_a")
+        own = weights(DENSE, "attn_sinks", "attn_output_")
         return own, query, sources, place(context)
 
     def run(width, own, query, sources, start):
@@ -210,7 +210,7 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
         rows = window + (min(width * used, compressed) if used else compressed)
         return (rows * k + width * HEADS) * FLOAT
 
-    # The product that its result goes into has lines of its own.
+    # The products that its result goes into have lines of their own.
     case = part(attention, what, draw, run, nbytes, others=("q8_0",))
     return dataclasses.replace(case, xla=xla)
 

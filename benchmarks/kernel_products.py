@@ -17,12 +17,11 @@ from kernel_case import DTYPE, Case, normal
 from ds4jax import synthetic
 from ds4jax.model.cache import DECODE_ROWS
 from ds4jax.model.layers import clamped_swiglu
-from ds4jax.pallas import experts
+from ds4jax.pallas import experts, q8_0
 from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.matmul import (
     expert_matmul,
     grouped_matmul,
-    quant_matmul,
     quant_matmuls,
 )
 from ds4jax.pallas.passes import DecodePass, within
@@ -43,17 +42,15 @@ def random_weight(seed: int, format: str, shape: tuple[int, ...]) -> Any:
     return synthetic.blocks(jax.random.key(seed), format, shape)
 
 
-def dense(format: str, what: str, outs: list[int], k: int, groups: int = 1) -> Case:
-    """Return the case of weights of so many rows each and k columns, by groups."""
+def dense(format: str, what: str, outs: list[int], k: int) -> Case:
+    """Return the case of weights of so many rows each and k columns."""
 
     def draw():
-        x = normal(0, 1, DECODE_ROWS, groups, k, dtype=DTYPE)
+        x = normal(0, 1, DECODE_ROWS, k, dtype=DTYPE)
         return x, [random_weight(i, format, (n, k)) for i, n in enumerate(outs, 1)]
 
     def product(x, weights):
-        if groups > 1:
-            return grouped_matmul(x, weights[0], DTYPE)
-        return quant_matmuls(x[:, :, 0], weights, DTYPE)
+        return quant_matmuls(x, weights, DTYPE)
 
     def run(width, x, weights):
         with within(DecodePass(width, jnp.int32(width))):
@@ -63,31 +60,52 @@ def dense(format: str, what: str, outs: list[int], k: int, groups: int = 1) -> C
         return x.nbytes // DECODE_ROWS * width + sum(w.nbytes for w in weights)
 
     def exact(x, weights):
-        most = min(outs[0] // groups, COMPARED)
+        most = min(outs[0], COMPARED)
         part = jax.tree.map(lambda plane: plane[:most], weights[0])
-        return np.asarray(x[0, :, 0], np.float64) @ np.asarray(dequantize(part)).T
+        return np.asarray(x[0], np.float64) @ np.asarray(dequantize(part)).T
 
     return Case(
         "plain" if format == "F16" else "q8_0", what, draw, run, product, nbytes,
         WIDTHS, ("fix",), exact=exact,
-        shape=_shape(format, "+".join(map(str, outs)), k, groups),
+        shape=_shape(format, "+".join(map(str, outs)), k, 1),
     )  # fmt: skip
 
 
-def gated(format: str, what: str, of_down: str, count: int = EXPERTS) -> Case:
-    """Return the case of `experts.gated`, of routed experts or of one that is shared.
+def into_fixed_point(what: str, n: int, k: int, groups: int) -> Case:
+    """Return the case of a weight by groups, its results put into fixed point."""
+
+    def draw():
+        x = normal(0, DECODE_ROWS * groups, k, dtype=DTYPE)
+        return x, random_weight(1, "Q8_0", (n, k))
+
+    def run(width, x, w):
+        return q8_0.matvec_fixed(fix(x, DTYPE), w, groups, DTYPE, width)
+
+    def xla(x, w):
+        return grouped_matmul(x.reshape(DECODE_ROWS, groups, k), w, DTYPE)
+
+    def nbytes(width, x, w):
+        return x.nbytes // DECODE_ROWS * width + w.nbytes
+
+    return Case(
+        "q8_0", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
+        shape=_shape("Q8_0", str(n), k, groups),
+    )  # fmt: skip
+
+
+def gated(format: str, what: str, of_down: str) -> Case:
+    """Return the case of `experts.gated`.
 
     Args:
       format: of gate and up.
       what: they are.
       of_down: format of the weight that the result is multiplied by.
-      count: how many experts there are.
     """
 
     def draw():
         x = normal(0, DECODE_ROWS, HIDDEN, dtype=DTYPE)
-        weights = (random_weight(i, format, (count, FFN, HIDDEN)) for i in (1, 2))
-        return x, *weights, chosen(count)
+        weights = (random_weight(i, format, (EXPERTS, FFN, HIDDEN)) for i in (1, 2))
+        return x, *weights, chosen()
 
     def run(width, x, gate, up, ids):
         order, of_hidden = (experts.FORMATS[f].order for f in (format, of_down))
@@ -96,7 +114,7 @@ def gated(format: str, what: str, of_down: str, count: int = EXPERTS) -> Case:
 
     def xla(x, gate, up, ids):
         x = x[:, None]
-        return ACTIVATION(multiplied(x, gate, ids), multiplied(x, up, ids))
+        return ACTIVATION(*(expert_matmul(x, w, ids, DTYPE) for w in (gate, up)))
 
     def nbytes(width, x, gate, up, ids):
         return x.nbytes // DECODE_ROWS * width + read((gate, up), width, ids)
@@ -111,13 +129,16 @@ def down(format: str, what: str) -> Case:
     """Return the case of `experts.matvec`, as `gated`."""
 
     def draw():
-        ids = chosen(EXPERTS)
+        ids = chosen()
         x = normal(0, *ids.shape, FFN, dtype=DTYPE)
         return x, random_weight(1, format, (EXPERTS, HIDDEN, FFN)), ids
 
     def run(width, x, w, ids):
         x = fix(x.reshape(-1, FFN), DTYPE, experts.FORMATS[format].order)
         return experts.matvec(x, w, ids, width)
+
+    def xla(x, w, ids):
+        return expert_matmul(x, w, ids, DTYPE)
 
     def nbytes(width, x, w, ids):
         return x.nbytes // DECODE_ROWS * width + read([w], width, ids)
@@ -128,32 +149,17 @@ def down(format: str, what: str) -> Case:
         return (w @ np.asarray(x, np.float64)[..., None])[..., 0]
 
     return Case(
-        "experts", what, draw, run, multiplied, nbytes, WIDTHS, ("fix",), exact=exact,
+        "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",), exact=exact,
         shape=_shape(format, str(HIDDEN), FFN, 1),
     )  # fmt: skip
 
 
-def chosen(count: int) -> jax.Array:
+def chosen() -> jax.Array:
     """Return the experts of rows, [R, U]; those of WIDTHS choose different ones."""
-    if count == 1:
-        return jnp.zeros((DECODE_ROWS, 1), jnp.int32)
     most = WIDTHS[-1]
-    ids = jax.random.permutation(jax.random.key(9), count)[: most * USED]
+    ids = jax.random.permutation(jax.random.key(9), EXPERTS)[: most * USED]
     padding = (0, DECODE_ROWS - most), (0, 0)
     return jnp.pad(ids.reshape(most, USED).astype(jnp.int32), padding, "edge")
-
-
-def multiplied(x: Any, w: Any, ids: jax.Array) -> jax.Array:
-    """Return as XLA does the products of rows with their experts, or with the only one.
-
-    Args:
-      x: [R, U, In] or [R, 1, In].
-      w: [E, Out, In].
-      ids: [R, U].
-    """
-    if w.shape[0] == 1:
-        return quant_matmul(x, jax.tree.map(lambda plane: plane[0], w), DTYPE)
-    return expert_matmul(x, w, ids, DTYPE)
 
 
 def read(weights: Any, width: int, ids: jax.Array) -> float:
@@ -169,7 +175,7 @@ def _shape(format: str, out: str, into: int, groups: int) -> dict[str, Any]:
 CASES = [
     dense("Q8_0", "LM head", [129280], 4096),
     dense("Q8_0", "attn_q_b", [32768], 1024),
-    dense("Q8_0", "attn_output_a", [8192], 4096, 8),
+    into_fixed_point("attn_output_a", 8192, 4096, 8),
     dense("Q8_0", "attn_output_b", [4096], 8192),
     dense("Q8_0", "attn_q_a, attn_kv", [1024, 512], 4096),
     dense("F16", "indexer query", [8192], 1024),
@@ -178,7 +184,7 @@ CASES = [
     dense("F16", "indexer compressor", [256, 256], 4096),
     dense("F16", "indexer heads", [64], 4096),
     dense("F16", "router", [256], 4096),
-    gated("Q8_0", "shared gate, up", "Q8_0", 1),
+    dense("Q8_0", "shared gate, up", [2048, 2048], 4096),
     dense("Q8_0", "shared down", [4096], 2048),
     gated("IQ2_XXS", "expert gate, up", "Q2_K"),
     down("Q2_K", "expert down"),

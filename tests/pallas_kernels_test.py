@@ -3,9 +3,6 @@
 `gpu_test.py` has what only a GPU can show: the same on the device, and whole passes.
 """
 
-import functools
-
-import hopper
 import jax
 import jax.numpy as jnp
 import models
@@ -16,16 +13,14 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, clamped_swiglu
-from ds4jax.pallas import experts, hyper_connection, plain, q8_0, router
+from ds4jax.pallas import experts, hyper_connection, router
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
 from ds4jax.pallas.matmul import (
     expert_matmul,
     experts_by_kernel,
     has_expert_kernels,
-    quant_matmul,
-    shared_expert_kernel,
 )
-from ds4jax.quant import QuantTensor, dequantize
+from ds4jax.quant import dequantize
 
 ROWS = 8
 WIDTHS = (1, 2, 3, 4, 7)
@@ -100,98 +95,6 @@ def test_fixed_point_of_normed_rows(dtype):
     np.testing.assert_allclose(
         sums, value.reshape(*sums.shape, 16).sum(-1), atol=16 * WORST[dtype] * 8
     )
-
-
-@DTYPES
-@pytest.mark.parametrize("out", [24, 7])
-def test_q8_0(out, dtype):
-    x, w = rows(ROWS), weight("Q8_0", out)
-    expected = q8_0.matvec(fix(x, dtype, interpret=True), w, interpret=True)[:, 0]
-    check(expected, "ri,oi->ro", x, w, dtype)
-    for width in WIDTHS if out == 24 else ():
-        spoilt = fix(x.at[width:].set(jnp.nan), dtype, interpret=True)
-        found = q8_0.matvec(spoilt, w, width=width, interpret=True)[:, 0]
-        assert_copies(found, expected, width)
-
-
-@DTYPES
-@pytest.mark.parametrize("groups, out", [(3, 8), (6, 2)])
-def test_q8_0_by_groups(groups, out, dtype):
-    """Seen red with programs of four rows where a group has two."""
-    x, w = rows(ROWS, groups), weight("Q8_0", groups * out)
-    fixed = fix(x.reshape(-1, IN), dtype, interpret=True)
-    expected = q8_0.matvec(fixed, w, groups, interpret=True)
-    parts = jax.tree.map(lambda plane: plane.reshape(groups, out, -1), w)
-    check(expected, "rgi,goi->rgo", x, parts, dtype)
-    found = q8_0.matvec(fixed, w, groups, 2, interpret=True)
-    assert_copies(found, expected, 2)
-
-
-@pytest.mark.parametrize("name", ["F16", "F32"])
-@pytest.mark.parametrize("out", [24, 7])
-def test_plain(out, name):
-    x, w = rows(ROWS), weight(name, out)
-    expected = plain.matvec(x, w, interpret=True)
-    check(expected, "ri,oi->ro", x, w, "float32")
-    for width in WIDTHS if out == 24 else ():
-        found = plain.matvec(x.at[width:].set(jnp.nan), w, width, interpret=True)
-        assert_copies(found, expected, width)
-
-
-@pytest.mark.parametrize("name", ["Q8_0", "F16"])
-def test_weights_in_one_launch(name):
-    """Each product has the bits that it has by itself.
-
-    Seen red with the last rows of each left out.
-    """
-    weights = [weight(name, out) for out in (24, 8, 16)]
-    x, kernel = rows(ROWS), plain
-    if name == "Q8_0":
-        x, kernel = fix(x, "bfloat16", interpret=True), q8_0
-    tile = (2, 8 if name == "Q8_0" else IN, 2)
-    found = kernel.matvecs(x, weights, 3, interpret=True, tile=tile)
-    for out, w in zip(found, weights, strict=True):
-        alone = kernel.matvec(x, w, width=3, interpret=True, tile=tile)
-        same(out, alone.reshape(out.shape))
-
-
-@pytest.mark.parametrize(
-    "name, outs, size, groups",
-    [
-        ("Q8_0", [129280], 4096, 1),
-        ("Q8_0", [32768], 1024, 1),
-        ("Q8_0", [8192], 4096, 8),
-        ("Q8_0", [4096], 8192, 1),
-        ("Q8_0", [4096], 2048, 1),
-        ("Q8_0", [1024, 512], 4096, 1),
-        ("F16", [8192], 1024, 1),
-        ("F16", [1024, 1024], 4096, 1),
-        ("F16", [64], 4096, 1),
-        ("F32", [256], 4096, 1),
-        ("F32", [4], 16384, 1),
-    ],
-)
-def test_dense_kernels_lower_at_the_shapes_of_flash(name, outs, size, groups):
-    """Triton takes powers of two only, and not all operations."""
-    shape = jax.ShapeDtypeStruct
-
-    def packed(n):
-        planes = {"quants": shape((n, size // 4), jnp.uint32)}
-        return QuantTensor(name, planes | {"d": shape((n, size // 32), jnp.float16)})
-
-    def product(x, weights):
-        if name in PLAIN:
-            return plain.matvecs(x, weights, 2)
-        if groups > 1:
-            return q8_0.matvec(fix(x, "bfloat16"), weights[0], groups, 2)
-        return q8_0.matvecs(fix(x, "float32"), weights, 2)
-
-    weights = [
-        shape((n, size), PLAIN[name]) if name in PLAIN else packed(n) for n in outs
-    ]
-    x = shape((8 * groups, size), jnp.float32)
-    kernel = "plain" if name in PLAIN else "q8_0"
-    assert f"{kernel}_2x{outs[0]}" in hopper.lowered(product, x, weights)
 
 
 @DTYPES
@@ -343,30 +246,6 @@ def test_experts_by_kernel(gated, down):
     product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
     hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
     np.testing.assert_allclose(found, product(hidden, back), rtol=1e-4, atol=1e-4)
-
-
-@DTYPES
-def test_a_shared_expert(dtype):
-    """Gate and up give down what it reads, in its order; the other rows are copies."""
-    gate, up, down = (
-        synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)
-    )
-    x = rows(ROWS)
-    kernel = shared_expert_kernel(gate, up, down, swiglu, dtype, interpret=True)
-    assert kernel
-    product = functools.partial(quant_matmul, dtype=dtype)
-    expected = product(swiglu(product(x, gate), product(x, up)), down)
-    whole = kernel(ROWS, x[None])[0]
-    # The reference rounds what SwiGLU gives to bfloat16, as the kernel does.
-    worst = {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
-    np.testing.assert_allclose(whole, expected, rtol=worst, atol=worst)
-    assert_copies(kernel(2, x.at[2:].set(jnp.nan)[None])[0], whole, 2)
-
-
-def test_a_shared_expert_of_other_weights_has_no_kernel():
-    own = [weight(name, 24) for name in ("Q8_0", "Q4_K")]
-    found = [(own[i == 0], own[i == 1], own[i == 2]) for i in range(3)]
-    assert not any(shared_expert_kernel(*w, swiglu, "float32") for w in found)
 
 
 def test_other_weights_have_no_kernels():

@@ -39,7 +39,7 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import long_attention
-from ds4jax.pallas.matmul import einsum, grouped_kernel, grouped_matmul
+from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
 
@@ -179,10 +179,9 @@ class Attention(nnx.Module):
 
         if has_blocks(rows):
             heads = self._attend_long(query, view, sources[1:], chosen, rows)
-            low = self._project(heads)
+            output = self._project(heads)
         else:
-            low = self._attend(query, sources, rows.positions)
-        output = self.output_b(low.reshape(*x.shape[:2], -1))
+            output = self._attend(query, sources, rows.positions)
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
 
@@ -239,12 +238,13 @@ class Attention(nnx.Module):
         return rotate(query, positions[..., None], self.table)
 
     def _attend(self, query, sources, positions):
-        """Return the first map of what each head makes of all sources.
+        """Return the output's maps of what each head makes of all sources.
 
         The queries are neither normed nor rotated yet.
         """
         c, sinks = self.config, self.sinks.get_value()
-        multiply = grouped_kernel(self.output_a.get_value(), c.o_groups)
+        maps = self.output_a.get_value(), self.output_b.weight.get_value()
+        multiply = two_maps_kernel(*maps, c.o_groups, c.dtype)
 
         def over_all(query, sources, positions):
             query = self._prepare_queries(query, positions)
@@ -271,9 +271,10 @@ class Attention(nnx.Module):
         return rotate(heads, positions[..., None], self.table, inverse=True)
 
     def _project(self, heads):
-        """Return the first, grouped, of the two maps of the output."""
+        """Return the two maps of the output, of which the first is by groups."""
         grouped = heads.reshape(*heads.shape[:2], self.config.o_groups, -1)
-        return grouped_matmul(grouped, self.output_a.get_value(), self.config.dtype)
+        low = grouped_matmul(grouped, self.output_a.get_value(), self.config.dtype)
+        return self.output_b(low.reshape(*heads.shape[:2], -1))
 
     def _is_served(self, sources):
         c, sizes = self.config, [source.visible.shape[-1] for source in sources]

@@ -100,7 +100,32 @@ def fix(
       norm: weight and epsilon of an RMS norm to take first.
       interpret: without a GPU.
     """
-    rows, groups = len(x), x.shape[1] // GROUP
+    return _fix([x], lambda x: x, dtype, order, norm, interpret)
+
+
+def fix_gated(
+    gate: Float[Array, "R F"],
+    up: Float[Array, "R F"],
+    activation: Callable[[Array, Array], Array],
+    dtype: str,
+    *,
+    interpret: bool = False,
+) -> FixedPoint:
+    """Return `fix(activation(gate, up), dtype)`, in one launch.
+
+    Args:
+      gate, up: the rows.
+      activation: elementwise.
+      dtype: one of LIMBS.
+      interpret: without a GPU.
+    """
+    return _fix([gate, up], activation, dtype, Order(), None, interpret)
+
+
+def _fix(arrays, of, dtype, order, norm, interpret):
+    """Return `of(*arrays)`, elementwise, as fixed-point numbers."""
+    rows, width = arrays[0].shape
+    groups = width // GROUP
     at_once = min(groups & -groups, 8)
     shape = groups, 2, 4, 4
     norms, eps = [], None
@@ -110,39 +135,39 @@ def fix(
     return FixedPoint(
         *pl.pallas_call(
             functools.partial(
-                _kernel, dtype=dtype, order=order, at_once=at_once, eps=eps
+                _kernel, of=of, count=len(arrays), dtype=dtype, order=order,
+                at_once=at_once, eps=eps,
             ),
             grid=(rows, groups // at_once),
-            out_shape=shapes(rows, x.shape[1], dtype, order),
+            out_shape=shapes(rows, width, dtype, order),
             compiler_params=plgpu.CompilerParams(num_warps=1),
             interpret=interpret,
             name="fix",
-        )(x.reshape(rows, *shape), *norms),
+        )(*(x.reshape(rows, *shape) for x in arrays), *norms),
         order=order,
-    )
+    )  # fmt: skip
 
 
 def _kernel(
-    x_ref,  # [R, G, 2, 4, 4]: halves of a group, their words, the bytes of a word
-    *refs,  # of a norm its weight [G, 2, 4, 4]; words [R, limbs, G, 8] or
-    # [R, limbs, 8, G], scale [R, G], sums [R, G, 2]
-    dtype, order, at_once, eps,
+    *refs,  # of the arrays [R, G, 2, 4, 4]: halves of a group, their words, the bytes
+    # of a word; of a norm its weight [G, 2, 4, 4]; then of the arrays of `shapes`
+    of, count, dtype, order, at_once, eps,
 ):  # fmt: skip
-    *norm_ref, words_ref, scale_ref, sums_ref = refs
+    arrays, norm_ref, found = refs[:count], refs[count:-3], refs[-3:]
     row, first = pl.program_id(0), pl.program_id(1) * at_once
     own = pl.ds(first, at_once)
-    x = x_ref[row, own, :, :, :]
+    x = of(*(ref[row, own, :, :, :] for ref in arrays))
     if norm_ref:
-        squares = jnp.square(x_ref[row, :, :, :, :])
+        squares = jnp.square(of(*(ref[row, :, :, :, :] for ref in arrays)))
         mean = jnp.sum(squares.reshape(-1)) / squares.size
         x = x / jnp.sqrt(mean + eps) * norm_ref[0][own, :, :, :]
-    store([words_ref, scale_ref, sums_ref], x, row, first, dtype, order)
+    store(found, x, row, first, dtype, order)
 
 
 def store(
     refs: Sequence[Any],
     x: Float[Array, "N 2 4 4"],
-    row: Array,
+    row: Array | int,
     first: Array,
     dtype: str,
     order: Order,

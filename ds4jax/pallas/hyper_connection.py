@@ -83,7 +83,7 @@ def read(
         functools.partial(_input_kernel, c=config, width=width),
         grid=(rows,),
         out_shape=jax.ShapeDtypeStruct((rows, d), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=8),
+        compiler_params=plgpu.CompilerParams(num_warps=16),
         name="hc_input",
     )(streams, maps, squares, base, scale, norm)
     post, mix = call(

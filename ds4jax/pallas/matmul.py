@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ds4jax.pallas import experts, plain, q8_0
-from ds4jax.pallas.fixed_point import FixedPoint, fix
+from ds4jax.pallas.fixed_point import FixedPoint, fix, fix_gated
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
 
@@ -159,28 +159,44 @@ def grouped_matmul(
     values = dequantize(w).reshape(groups, -1, width)
     product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
 
-    multiply = grouped_kernel(w, groups)
-
     def kernel(rows, x):
-        assert multiply
-        return multiply(rows, fix(x.reshape(-1, width), dtype))
+        assert _is_q8_0(w)
+        return q8_0.matvec(fix(x.reshape(-1, width), dtype), w, groups, rows)[None]
 
-    return by_rows(product, x, cuda=multiply and kernel)
+    return by_rows(product, x, cuda=kernel if _is_q8_0(w) else None)
 
 
-def grouped_kernel(w: Weight, groups: int) -> Callable[[int, FixedPoint], Array] | None:
-    """Return what multiplies rows in fixed point by groups, if there is a kernel.
+def two_maps_kernel(
+    first: Weight,
+    second: Weight,
+    groups: int,
+    dtype: str,
+    *,
+    interpret: bool = False,
+) -> Callable[[int, FixedPoint], Array] | None:
+    """Return what multiplies rows by two weights, the first by groups, if it can.
 
     It is given how many of R rows, the first ones, are not copies, and R * groups rows
-    of In, the groups of a row one after the other, and returns [1, R, groups, Out].
+    of In, the groups of a row one after the other, and returns [1, R, Out].
 
     Args:
-      w: [groups * Out, In].
+      first: [groups * Mid, In].
+      second: [Out, groups * Mid].
       groups: how many.
+      dtype: operand type.
+      interpret: without a GPU.
     """
-    if not _is_q8_0(w):
+    if not (_is_q8_0(first) and _is_q8_0(second)):
         return None
-    return lambda width, x: q8_0.matvec(x, w, groups, width)[None]
+    if not q8_0.serves_fixed(first, groups):
+        return None
+
+    def kernel(width: int, x: FixedPoint) -> Array:
+        middle = q8_0.matvec_fixed(x, first, groups, dtype, width, interpret=interpret)
+        out = q8_0.matvec(middle, second, width=width, interpret=interpret)
+        return out[None, :, 0]
+
+    return kernel
 
 
 def expert_matmul(
@@ -266,14 +282,9 @@ def shared_expert_kernel(
         return None
 
     def kernel(width: int, x: Array) -> Array:
-        # As the only one there is to choose; then once for all rows, for it is dense.
-        pair = jax.tree.map(lambda plane: plane[None], (gate, up))
-        ids = jnp.zeros((x.shape[1], 1), jnp.int32)
         fixed = fix(x[0], dtype, interpret=interpret)
-        hidden = experts.gated(
-            fixed, *pair, ids, activation, dtype, fixed.order, width,
-            interpret=interpret,
-        )  # fmt: skip
+        by_gate, by_up = q8_0.matvecs(fixed, [gate, up], width, interpret=interpret)
+        hidden = fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)
         out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
         return out[None, :, 0]
 

@@ -20,7 +20,15 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
-from ds4jax.pallas.fixed_point import FixedPoint, dot, total
+from ds4jax.pallas.fixed_point import (
+    GROUP,
+    FixedPoint,
+    Order,
+    dot,
+    shapes,
+    store,
+    total,
+)
 from ds4jax.quant import QuantTensor
 
 
@@ -49,6 +57,37 @@ def matvec(
     return out.reshape(len(out), groups, -1)
 
 
+def serves_fixed(w: QuantTensor, groups: int) -> bool:
+    """Say whether `matvec_fixed` is for a weight of this shape."""
+    return len(w.planes["d"]) // groups % GROUP == 0
+
+
+def matvec_fixed(
+    x: FixedPoint,
+    w: QuantTensor,
+    groups: int,
+    dtype: str,
+    width: int | None = None,
+    *,
+    interpret: bool = False,
+) -> FixedPoint:
+    """Return `matvec`, all of a row side by side, for products of operands of `dtype`.
+
+    A program takes as many rows of the weight as share a scale, so the next product
+    needs no launch in between to put its operands into fixed point.
+
+    Args:
+      x, w, groups, interpret: as of `matvec`.
+      dtype: one of LIMBS.
+      width: how many of the R rows to compute; there is nothing in the others' places.
+        All if not given.
+    """
+    bg = _divisor(x.scale.shape[1], 32)
+    tile = GROUP, bg, max(bg // 4, 1)
+    found = _matvecs(x, [w], groups, width, interpret, tile, dtype)
+    return FixedPoint(*found)
+
+
 def matvecs(
     x: FixedPoint,
     weights: Sequence[QuantTensor],
@@ -67,7 +106,7 @@ def matvecs(
     return _matvecs(x, weights, 1, width, interpret, tile)
 
 
-def _matvecs(x, weights, groups, width, interpret, tile):
+def _matvecs(x, weights, groups, width, interpret, tile, dtype=None):
     outs = [len(w.planes["d"]) for w in weights]
     scales = x.scale.shape[1]
     rows = len(x.words) // groups
@@ -78,6 +117,10 @@ def _matvecs(x, weights, groups, width, interpret, tile):
         for plane in (w.planes["quants"].reshape(-1, scales, 2, 4), w.planes["d"])
     ]
     words = x.words.reshape(*x.words.shape[:3], 2, 4)
+    if dtype:
+        out_shape = shapes(rows, outs[0], dtype, Order())
+    else:
+        out_shape = tuple(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in outs)
     return pl.pallas_call(
         functools.partial(
             _kernel,
@@ -85,10 +128,11 @@ def _matvecs(x, weights, groups, width, interpret, tile):
             bg=bg,
             width=width or rows,
             groups=groups,
+            dtype=dtype,
             interpret=interpret,
         ),
         grid=(sum(n // bn for n in outs),),
-        out_shape=tuple(jax.ShapeDtypeStruct((rows, n), jnp.float32) for n in outs),
+        out_shape=out_shape,
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
         name=f"q8_0_{width or rows}x{'_'.join(map(str, outs))}x{32 * scales}",
@@ -97,21 +141,27 @@ def _matvecs(x, weights, groups, width, interpret, tile):
 
 def _tile(outs: list[int], groups: int, scales: int) -> tuple[int, int, int]:
     """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
-    n, bn = sum(outs), min(4, *(n // groups & -(n // groups) for n in outs))
+    n, bn = sum(outs), min(_divisor(n // groups, 4) for n in outs)
     if n > 65536:
-        return bn, min(scales & -scales, 8), 1
-    bg = min(scales & -scales, 128 if n <= 2048 else 64)
+        return bn, _divisor(scales, 8), 1
+    bg = _divisor(scales, 128 if n <= 2048 else 64)
     return bn, bg, max(bg // 16, 1)
+
+
+def _divisor(n: int, most: int) -> int:
+    """Return the greatest power of two that divides `n`, or `most`."""
+    return min(n & -n, most)
 
 
 def _kernel(
     words_ref,  # [R * groups, limbs, In / 32, 2, 4]
     scale_ref,  # [R * groups, In / 32]
     *refs,  # of each weight quants [Out, In / 32, 2, 4] and d [Out, In / 32], then of
-    # each output [R, Out]
-    bn, bg, width, groups, interpret,
+    # each output [R, Out], or of the arrays of a `FixedPoint` of the only one's `dtype`
+    bn, bg, width, groups, dtype, interpret,
 ):  # fmt: skip
-    outs = refs[len(refs) // 3 * 2 :]
+    weights = 1 if dtype else len(refs) // 3
+    outs = refs[2 * weights :]
 
     def multiply(weight, block):
         quants_ref, d_ref = refs[2 * weight : 2 * weight + 2]
@@ -137,6 +187,12 @@ def _kernel(
         zero = jnp.zeros((bn, bg), jnp.float32)
         steps = d_ref.shape[1] // bg
         sums = jax.lax.fori_loop(0, steps, add, (zero,) * width)
-        write_rows(outs[weight], own, [jnp.sum(so_far, -1) for so_far in sums])
+        found = [jnp.sum(so_far, -1) for so_far in sums]
+        if not dtype:
+            write_rows(outs[weight], own, found)
+            return
+        for row, values in enumerate(found):
+            store(outs, values.reshape(1, 2, 4, 4), row, block, dtype, Order())
 
-    for_own_weight([out_ref.shape[1] // bn for out_ref in outs], multiply)
+    of_each = [refs[2 * weight].shape[0] // bn for weight in range(weights)]
+    for_own_weight(of_each, multiply)
