@@ -165,7 +165,7 @@ def test_maps_of_a_hyper_connection():
     streams = 3 * normal(5, 1, 3, 4, 64)
     gain = normal(6, 64)
     norm = RMSNorm(gain, HYPER.rms_eps)
-    x, streams, post, mix = HyperConnection(HYPER, weights)(streams, None, norm)
+    x, _, streams, post, mix = HyperConnection(HYPER, weights)(streams, None, norm)
     weights = plain(weights)
     flat = np.asarray(streams, np.float64)
     maps = norm64(flat.reshape(1, 3, -1), HYPER.rms_eps) @ weights["fn.weight"].T

@@ -170,10 +170,12 @@ def test_gated_experts(name, order, dtype):
         jax.tree.map(same, jax.tree.map(first, found), jax.tree.map(first, whole))
 
 
+@DTYPES
 @pytest.mark.parametrize("hidden", [128, 256])
 @pytest.mark.parametrize("merges", [False, True])
-def test_hyper_connection(hidden, merges):
-    config = models.micro_config(hc_eps=0.01)
+def test_hyper_connection(hidden, merges, dtype):
+    """Seen red with the input in fixed point before its norm."""
+    config = models.micro_config(hc_eps=0.01, dtype=dtype)
     weights = {"fn": normal(1, 24, 4 * hidden) / 8, "base": normal(2, 24)}
     weights["scale"] = normal(3, 3)
     norm = RMSNorm(normal(4, hidden), config.rms_eps)
@@ -185,7 +187,8 @@ def test_hyper_connection(hidden, merges):
         sizes = [(hidden,), (4,), (4, 4)]
         update = Update(*(normal(6 + i, ROWS, *s) for i, s in enumerate(sizes)))
     one, alone = jax.tree.map(lambda a: a[None], (streams, update))
-    expected = HyperConnection(config, named)(one, alone, norm)
+    x, _, *others = HyperConnection(config, named)(one, alone, norm)
+    expected = [x, *others]
 
     def read(rows, width):
         streams, update = rows
@@ -194,15 +197,20 @@ def test_hyper_connection(hidden, merges):
             norm.weight.get_value(), config, width, interpret=True,
         )  # fmt: skip
 
-    whole = read((streams, update), None)
+    x, fixed, *others = read((streams, update), None)
+    wanted = fix(x, dtype, interpret=True)
+    same(fixed.words, wanted.words)
+    same(fixed.scale, wanted.scale)
+    np.testing.assert_allclose(fixed.sums, wanted.sums, rtol=1e-5, atol=1e-5)
+    whole = [x, *others]
     for found, wanted in zip(whole, expected, strict=True):
         np.testing.assert_allclose(found, wanted[0], rtol=1e-5, atol=1e-5)
     for width in (1, 2, 5):
         blank = lambda a: a.at[width:].set(jnp.nan)  # noqa: B023, E731
-        x, merged, *found = read(jax.tree.map(blank, (streams, update)), width)
+        x, _, merged, *found = read(jax.tree.map(blank, (streams, update)), width)
         # Without an update the streams are what they were.
         found += [x, merged] if merges else [x]
-        of_whole = [*whole[2:], *whole[:2]]
+        of_whole = [*others[1:], whole[0], others[0]]
         for of_some, of_all in zip(found, of_whole, strict=False):
             assert_copies(of_some, of_all, width)
 

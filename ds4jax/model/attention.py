@@ -39,6 +39,7 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import long_attention
+from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
@@ -138,7 +139,11 @@ class Attention(nnx.Module):
         self.ratio = ratio
 
     def __call__(
-        self, x: Float[Array, "B T D"], cache: LayerCache | None, rows: Rows
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache | None,
+        rows: Rows,
+        fixed: FixedPoint | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Int[Array, "B T N"] | None]:
         """Attend.
 
@@ -146,13 +151,14 @@ class Attention(nnx.Module):
           x: normed hidden rows.
           cache: the layer's state, or None for a sequence that starts here.
           rows: where `x` belongs.
+          fixed: `x` as kernels read it, if something computed that already.
 
         Returns:
           The output, the state after, and the indexer's choice (CSA; -1 where fewer
           rows exist than it may pick), else None.
         """
         c = self.config
-        q_lora, row = project(x, self.q_a, self.kv)
+        q_lora, row = project(x, self.q_a, self.kv, fixed=fixed)
         query = project_normed(q_lora, self.q_norm, self.q_b)
         query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
         row = self._keep(rotate(self.kv_norm(row), rows.positions, self.table))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms
 from ds4jax.pallas import hyper_connection, stream_maps
-from ds4jax.pallas.passes import by_kernel, of_prefill
+from ds4jax.pallas.fixed_point import FixedPoint, blank
+from ds4jax.pallas.passes import by_kernel, has_kernels, of_prefill
 from ds4jax.quant import dequantize
 
 
@@ -90,24 +91,33 @@ class HyperConnection(nnx.Module):
         self, streams: Float[Array, "B T M D"], update: Update | None, norm: RMSNorm
     ) -> tuple[
         Float[Array, "B T D"],
+        FixedPoint | None,
         Float[Array, "B T M D"],
         Float[Array, "B T M"],
         Float[Array, "B T M M"],
     ]:
         """Return the block's normed input, the streams, and `post` and `mix` of it.
 
+        After the input comes what kernels read of it, where there may be some.
+
         Args:
           streams: the residual streams.
           update: what is to be merged into them first, if anything.
           norm: the block's own.
         """
+        if not (has_kernels() and hyper_connection.serves(streams)):
+            x, streams, post, mix = self._read(streams, update, norm)
+            return x, None, streams, post, mix
         weights = (
             w.get_value() for w in (self.fn.weight, self.base, self.scale, norm.weight)
         )
         kernel = functools.partial(_read_by_kernel, *weights, self.config)
-        served = hyper_connection.serves(streams)
-        read = functools.partial(self._read, norm=norm)
-        return by_kernel(read, streams, update, cuda=kernel if served else None)
+
+        def read(streams, update):
+            x, *others = self._read(streams, update, norm)
+            return x, blank(x.shape[1], x.shape[2], self.config.dtype), *others
+
+        return by_kernel(read, streams, update, cuda=kernel)
 
     def _read(self, streams, update, norm):
         c, m = self.config, self.config.hc_streams
@@ -136,8 +146,8 @@ class HyperConnection(nnx.Module):
 def _read_by_kernel(fn, base, scale, norm, config, width, streams, update):
     streams, update = jax.tree.map(lambda a: a[0], (streams, update))
     weights = fn, base, scale, norm
-    found = hyper_connection.read(streams, update, *weights, config, width)
-    return tuple(result[None] for result in found)
+    x, fixed, *others = hyper_connection.read(streams, update, *weights, config, width)
+    return x[None], fixed, *(result[None] for result in others)
 
 
 class HyperHead(nnx.Module):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import normed_kernel, quant_matmuls
 from ds4jax.pallas.passes import Weight, by_kernel
 from ds4jax.quant import dequantize
@@ -38,11 +39,17 @@ class Linear(nnx.Module):
 
 
 def project(
-    x: Float[Array, "*rows In"], *maps: Linear
+    x: Float[Array, "*rows In"], *maps: Linear, fixed: FixedPoint | None = None
 ) -> tuple[Float[Array, "*rows _"], ...]:
-    """Return what each of some maps of one operand type gives for the same rows."""
+    """Return what each of some maps of one operand type gives for the same rows.
+
+    Args:
+      x: the rows.
+      maps: the maps.
+      fixed: as of `quant_matmuls`.
+    """
     weights = [linear.weight.get_value() for linear in maps]
-    return quant_matmuls(x, weights, maps[0].dtype)
+    return quant_matmuls(x, weights, maps[0].dtype, fixed)
 
 
 def rms(x: Float[Array, "*rows N"], eps: float) -> Float[Array, "*rows N"]:

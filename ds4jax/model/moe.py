@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights, clamped_swiglu
 from ds4jax.pallas import expert_tiles, router
+from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import (
     every_expert_matmul,
     expert_matmul,
@@ -61,27 +62,29 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
+        fixed: FixedPoint | None = None,
     ) -> tuple[Float[Array, "B T D"], Int[Array, "B T U"]]:
         """Return the block's output and the experts each row chose.
 
         Args:
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
+          fixed: `x` as kernels read it, if something computed that already.
         """
         chosen, share = self.route(x, tokens)
         kernel = self._by_kernel if has_expert_kernels(*self._stacks()) else None
         out = by_rows(self._routed, x, chosen, share, cuda=kernel)
-        return out + self._shared(x), chosen
+        return out + self._shared(x, fixed), chosen
 
     def _stacks(self):
         return [w.get_value() for w in (self.gate, self.up, self.down)]
 
-    def _shared(self, x):
+    def _shared(self, x, fixed):
         activate, dtype = _swiglu(self.config.swiglu_limit), self.config.dtype
         gate, up, down = self.shared_gate, self.shared_up, self.shared_down
         product = lambda x: down(activate(gate(x), up(x)))  # noqa: E731
         gate_w, up_w, down_w = (w.weight.get_value() for w in (gate, up, down))
-        kernel = shared_expert_kernel(gate_w, up_w, down_w, activate, dtype)
+        kernel = shared_expert_kernel(gate_w, up_w, down_w, activate, dtype, fixed)
         return by_kernel(product, x, cuda=kernel)
 
     def _routed(self, x, chosen, share):

@@ -102,11 +102,11 @@ class Layer(nnx.Module):
 
     def run(self, streams, update, tokens, cache, rows):
         """Do what a call does."""
-        x, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
-        y, cache, selected = self.attention(x, cache, rows)
+        x, fixed, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
+        y, cache, selected = self.attention(x, cache, rows, fixed)
         update = Update(y, *weights)
-        x, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
-        y, experts = self.moe(x, tokens)
+        x, fixed, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
+        y, experts = self.moe(x, tokens, fixed)
         return streams, Update(y, *weights), cache, experts, selected
 
 

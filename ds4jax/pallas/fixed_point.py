@@ -83,6 +83,15 @@ def shapes(
     )
 
 
+def blank(rows: int, width: int, dtype: str) -> FixedPoint:
+    """Return what stands for rows in fixed point where no kernel reads them."""
+    words, scale, sums = (
+        jnp.zeros(array.shape, array.dtype)
+        for array in shapes(rows, width, dtype, Order())
+    )
+    return FixedPoint(words, scale, sums)
+
+
 def fix(
     x: Float[Array, "R In"],
     dtype: str,
@@ -168,7 +177,7 @@ def store(
     refs: Sequence[Any],
     x: Float[Array, "N 2 4 4"],
     row: Array | int,
-    first: Array,
+    first: Array | int,
     dtype: str,
     order: Order,
 ):

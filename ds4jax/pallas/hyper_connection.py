@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from ds4jax.config import ModelConfig
+from ds4jax.pallas.fixed_point import FixedPoint, Order, shapes, store
 
 _PARTS = 128
 """Into how many the sums over all streams are cut, whatever the number of rows."""
@@ -47,11 +48,14 @@ def read(
     interpret: bool = False,
 ) -> tuple[
     Float[Array, "R D"],
+    FixedPoint,
     Float[Array, "R M D"],
     Float[Array, "R M"],
     Float[Array, "R M M"],
 ]:
     """Return what `HyperConnection` does: a block's normed input, streams and weights.
+
+    After the input comes the same in fixed point, for operands of the config's type.
 
     Args:
       streams: of some rows.
@@ -79,10 +83,13 @@ def read(
         name="hc_maps",
     )(streams, fn.reshape(-1, m, d), *(update or ()))
     (streams,) = merged or (streams,)
-    x = call(
+    x, *fixed = call(
         functools.partial(_input_kernel, c=config, width=width),
         grid=(rows,),
-        out_shape=jax.ShapeDtypeStruct((rows, d), jnp.float32),
+        out_shape=(
+            jax.ShapeDtypeStruct((rows, d), jnp.float32),
+            *shapes(rows, d, config.dtype, Order()),
+        ),
         compiler_params=plgpu.CompilerParams(num_warps=16),
         name="hc_input",
     )(streams, maps, squares, base, scale, norm)
@@ -96,7 +103,7 @@ def read(
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_weights",
     )(maps, squares, base, scale)
-    return x, streams, post, mix
+    return x, FixedPoint(*fixed), streams, post, mix
 
 
 def _maps_kernel(
@@ -145,7 +152,8 @@ def _input_kernel(
     scale_ref,  # [3]
     norm_ref,  # [D]
     out_ref,  # [R, D]
-    *, c, width,
+    *fixed_refs,  # of the arrays of `shapes`
+    c, width,
 ):  # fmt: skip
     row = pl.program_id(0)
     read = jnp.minimum(row, width - 1)
@@ -156,7 +164,9 @@ def _input_kernel(
     pre = jax.nn.sigmoid(_map(refs, row, 0, jnp.arange(m), c, m * d)) + c.hc_eps
     x = jnp.sum(pre[:, None] * streams, 0)
     mean = jnp.sum(x * x) / d
-    out_ref[row, :] = x / jnp.sqrt(mean + c.rms_eps) * norm
+    x = x / jnp.sqrt(mean + c.rms_eps) * norm
+    out_ref[row, :] = x
+    store(fixed_refs, x.reshape(-1, 2, 4, 4), row, 0, c.dtype, Order())
 
 
 def _weights_kernel(

@@ -77,17 +77,26 @@ def quant_matmul(
 
 
 def quant_matmuls(
-    x: Float[Array, "*rows In"], weights: Sequence[Weight], dtype: str = "float32"
+    x: Float[Array, "*rows In"],
+    weights: Sequence[Weight],
+    dtype: str = "float32",
+    fixed: FixedPoint | None = None,
 ) -> tuple[Float[Array, "*rows _"], ...]:
     """Return `quant_matmul(x, w, dtype)` for each of some weights.
 
     A GPU's kernels take them all in one launch, if they are of one format.
+
+    Args:
+      x: the rows.
+      weights: [Out, In], each with an Out of its own.
+      dtype: operand type.
+      fixed: `fix(x, dtype)`, if it is there already, for the kernels that read that.
     """
     for w in weights:
         tell(x, w)
     values = [dequantize(w) for w in weights]
     product = lambda x: tuple(einsum("...i,oi->...o", x, v, dtype) for v in values)  # noqa: E731
-    return by_rows(product, x, cuda=_dense_kernel(weights, dtype))
+    return by_rows(product, x, cuda=_dense_kernel(weights, dtype, fixed))
 
 
 def normed_kernel(
@@ -110,7 +119,7 @@ def normed_kernel(
 
 
 def _dense_kernel(
-    weights: Sequence[Weight], dtype: str
+    weights: Sequence[Weight], dtype: str, fixed: FixedPoint | None
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:
     """Return the kernel of `by_kernel` for weights of one format, if there is one."""
     packed = [w for w in weights if _is_q8_0(w)]
@@ -122,7 +131,8 @@ def _dense_kernel(
     if len(packed) == len(weights):
 
         def multiply(x: Array, width: int) -> tuple[Array, ...]:
-            return q8_0.matvecs(fix(x, dtype), packed, width)
+            rows = fix(x, dtype) if fixed is None else fixed
+            return q8_0.matvecs(rows, packed, width)
 
     elif len(floats) == len(weights):
 
@@ -267,6 +277,7 @@ def shared_expert_kernel(
     down: Weight,
     activation: Callable[[Array, Array], Array],
     dtype: str,
+    fixed: FixedPoint | None = None,
     *,
     interpret: bool = False,
 ) -> Callable[[int, Array], Array] | None:
@@ -276,14 +287,15 @@ def shared_expert_kernel(
       gate, up, down: [F, In] twice and [Out, F].
       activation: elementwise.
       dtype: operand type.
+      fixed: as of `quant_matmuls`.
       interpret: without a GPU.
     """
     if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
         return None
 
     def kernel(width: int, x: Array) -> Array:
-        fixed = fix(x[0], dtype, interpret=interpret)
-        by_gate, by_up = q8_0.matvecs(fixed, [gate, up], width, interpret=interpret)
+        rows = fix(x[0], dtype, interpret=interpret) if fixed is None else fixed
+        by_gate, by_up = q8_0.matvecs(rows, [gate, up], width, interpret=interpret)
         hidden = fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)
         out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
         return out[None, :, 0]

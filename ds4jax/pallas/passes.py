@@ -92,6 +92,16 @@ def within(kind: Pass) -> Iterator[None]:
         _pass.reset(token)
 
 
+def has_kernels() -> bool:
+    """Say whether this is a decode pass, of which GPUs may do more than XLA's part."""
+    return _decode_pass() is not None
+
+
+def _decode_pass() -> DecodePass | None:
+    kind = _pass.get()
+    return None if is_watched() or not isinstance(kind, DecodePass) else kind
+
+
 def is_prefill() -> bool:
     """Say whether this is a long pass over a cache."""
     return isinstance(_pass.get(), Prefill)
@@ -134,8 +144,8 @@ def by_rows(
       rows: its operands.
       cuda: as of `by_kernel`.
     """
-    decode_pass = _pass.get()
-    if not isinstance(decode_pass, DecodePass) or is_watched():
+    decode_pass = _decode_pass()
+    if decode_pass is None:
         return product(*rows)
     shapes = jax.eval_shape(product, *rows)
 
@@ -172,8 +182,8 @@ def by_kernel(
         same program at every width, and fused alike.
       cpu: what CPUs do instead.
     """
-    decode_pass = _pass.get()
-    if not isinstance(decode_pass, DecodePass) or is_watched():
+    decode_pass = _decode_pass()
+    if decode_pass is None:
         return product(*rows)
 
     special = {"cpu": cpu, "cuda": cuda and functools.partial(cuda, decode_pass.width)}
