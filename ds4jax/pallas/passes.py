@@ -93,7 +93,7 @@ def within(kind: Pass) -> Iterator[None]:
 
 
 def has_kernels() -> bool:
-    """Say whether this is a decode pass, of which GPUs may do more than XLA's part."""
+    """Say whether this is a decode pass, of which kernels may compute parts on a GPU."""
     return _decode_pass() is not None
 
 
