@@ -73,7 +73,7 @@ def seen():
             note(names.get(id(self), "plain"), x)
             return linear(self, x)
 
-        def see_projections(x, *linears):
+        def see_projections(x, *linears, fixed=None):
             return tuple(see_linear(each, x) for each in linears)
 
         def see_grouped(x, *args):
