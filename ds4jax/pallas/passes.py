@@ -93,7 +93,7 @@ def within(kind: Pass) -> Iterator[None]:
 
 
 def has_kernels() -> bool:
-    """Say whether this is a decode pass, of which kernels may compute parts on a GPU."""
+    """Say whether this is a decode pass, parts of which kernels may compute."""
     return _decode_pass() is not None
 
 
