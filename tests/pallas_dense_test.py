@@ -148,10 +148,10 @@ def test_fixed_point_of_gated_rows(dtype):
     """Seen red with gate and up the other way round."""
     gate, up = rows(3), rows(4)[1:]
     value, sums = read(fix_gated(gate, up, swiglu, dtype, interpret=True))
-    same = read(fix(swiglu(gate, up), dtype, interpret=True))
+    expected = read(fix(swiglu(gate, up), dtype, interpret=True))
     worst = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
-    np.testing.assert_allclose(value, same[0], rtol=worst, atol=worst)
-    np.testing.assert_allclose(sums, same[1], rtol=worst, atol=16 * worst)
+    np.testing.assert_allclose(value, expected[0], rtol=worst, atol=worst)
+    np.testing.assert_allclose(sums, expected[1], rtol=worst, atol=16 * worst)
 
 
 @DTYPES

@@ -161,8 +161,10 @@ def sweep(
     for way in ways:
         start, schedule = _start(carry, way, 1, carry.tokens, seed)
         jax.block_until_ready(_decode(model, start, way, schedule))
-    # A GPU that has waited for the compiler reads its first chunk slower.
-    jax.block_until_ready(arrive(create(), 0, min(stops[0], widest.prefill_chunk)))
+    if read:
+        # A GPU that has waited for the compiler reads its first chunk slower.
+        chunk = min(stops[0], widest.prefill_chunk)
+        jax.block_until_ready(arrive(create(), 0, chunk))
     carry, at = jax.block_until_ready(create()), 0
     for stop in stops:
         carry, prefill = _timed(arrive, carry, at, stop)

@@ -1,4 +1,4 @@
-"""What the kernels of dense products share: weights in one launch, reads and writes."""
+"""What kernels of dense products share: tiles, weights in one launch, reads, writes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+
+def divisor(n: int, most: int) -> int:
+    """Return the greatest power of two that divides `n`, or `most`, itself one."""
+    return min(n & -n, most)
 
 
 def for_own_weight(

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
+from ds4jax.pallas.dense import divisor, for_own_weight, read_once, write_rows
 
 
 def matvec(
@@ -68,8 +68,8 @@ def matvecs(
 
 def _tile(outs: list[int], k: int) -> tuple[int, int, int]:
     """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
-    n, bk = sum(outs), min(k & -k, 4096)
-    bn = 1 if n <= 512 else min(2, *(size & -size for size in outs))
+    n, bk = sum(outs), divisor(k, 4096)
+    bn = 1 if n <= 512 else min(divisor(size, 2) for size in outs)
     return bn, bk, max(bk // (512 if n <= 1024 else 1024), 1)
 
 

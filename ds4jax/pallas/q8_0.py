@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from ds4jax.pallas.dense import for_own_weight, read_once, write_rows
+from ds4jax.pallas.dense import divisor, for_own_weight, read_once, write_rows
 from ds4jax.pallas.fixed_point import (
     GROUP,
     FixedPoint,
@@ -82,7 +82,7 @@ def matvec_fixed(
       width: how many of the R rows to compute; there is nothing in the others' places.
         All if not given.
     """
-    bg = _divisor(x.scale.shape[1], 32)
+    bg = divisor(x.scale.shape[1], 32)
     tile = GROUP, bg, max(bg // 4, 1)
     found = _matvecs(x, [w], groups, width, interpret, tile, dtype)
     return FixedPoint(*found)
@@ -141,16 +141,11 @@ def _matvecs(x, weights, groups, width, interpret, tile, dtype=None):
 
 def _tile(outs: list[int], groups: int, scales: int) -> tuple[int, int, int]:
     """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
-    n, bn = sum(outs), min(_divisor(n // groups, 4) for n in outs)
+    n, bn = sum(outs), min(divisor(n // groups, 4) for n in outs)
     if n > 65536:
-        return bn, _divisor(scales, 8), 1
-    bg = _divisor(scales, 128 if n <= 2048 else 64)
+        return bn, divisor(scales, 8), 1
+    bg = divisor(scales, 128 if n <= 2048 else 64)
     return bn, bg, max(bg // 16, 1)
-
-
-def _divisor(n: int, most: int) -> int:
-    """Return the greatest power of two that divides `n`, or `most`."""
-    return min(n & -n, most)
 
 
 def _kernel(
