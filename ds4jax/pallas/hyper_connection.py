@@ -102,7 +102,7 @@ def read(
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_weights",
-    )(maps, squares, base, scale)
+    )(x, maps, squares, base, scale)
     return x, FixedPoint(*fixed), streams, post, mix
 
 
@@ -170,6 +170,7 @@ def _input_kernel(
 
 
 def _weights_kernel(
+    _,  # not read: the block waits for its input, which is therefore launched first
     maps_ref,  # [_PARTS, R, size]
     squares_ref,  # [_PARTS, R]
     base_ref,  # [F]

@@ -24,13 +24,13 @@ _TILE = 64
 """Keys that a program scores; a list is no longer."""
 
 _LISTS = 256
-"""The fewest lists."""
+"""The fewest lists that there is room for."""
 
-_PROGRAMS = 256
+_PROGRAMS = 512
 """The most programs for the scores of a row."""
 
-_LAYERS = 8
-"""Of all lists, compared at a time: few lists have more of the best."""
+_COMPARED = 2048
+"""Keys that are compared at a time: layers of all lists, of which few are needed."""
 
 _NOTHING = np.int32(-(2**31))
 """Ranks below every score."""
@@ -79,7 +79,8 @@ def best(
     lists = max(_LISTS, pl.next_power_of_2(len(keys)) // _TILE)
     layers = pl.next_power_of_2(pl.cdiv(len(keys), lists))
     angle = (start + jnp.arange(rows))[:, None].astype(jnp.float32)
-    angle = angle * rope.spread(frequencies, size)
+    angle = jnp.repeat(angle * rope.spread(frequencies, size), 2, 1)
+    sign = jnp.where(jnp.arange(size) % 2 == 0, -1, 1)
     seen = functools.partial(_seen, ratio=ratio, most=most, lists=lists, layers=layers)
     call = functools.partial(pl.pallas_call, interpret=interpret)
     in_lists = jax.ShapeDtypeStruct((width, layers * lists), jnp.int32)
@@ -89,7 +90,7 @@ def best(
         out_shape=(in_lists, in_lists),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name=f"index_scores_{heads}x{size}",
-    )(start, end, query, share, keys, jnp.cos(angle), jnp.sin(angle))
+    )(start, end, query, share, keys, jnp.cos(angle), sign * jnp.sin(angle))
     return call(
         functools.partial(_place_kernel, seen=seen, lists=lists, layers=layers),
         grid=(lists, width),
@@ -100,13 +101,13 @@ def best(
 
 
 def _seen(start_ref, end_ref, *, ratio, most, lists, layers):
-    """Return of a program's row its keys, log2 of their layers, and if all are best."""
+    """Return of a program's row keys, log2 of their layers, lists, if all are best."""
     last = jnp.minimum(start_ref[0] + pl.program_id(1) + 1, end_ref[0])
     count = jax.lax.div(last, ratio)
     level = sum(
         ((lists << i) < count).astype(jnp.int32) for i in range(layers.bit_length() - 1)
     )
-    return count, jnp.int32(level), count <= most
+    return count, jnp.int32(level), (count + (1 << level) - 1) >> level, count <= most
 
 
 def _score_kernel(
@@ -115,13 +116,13 @@ def _score_kernel(
     query_ref,  # [T, I, J]
     share_ref,  # [T, I]
     keys_ref,  # [C, J]
-    cos_ref,  # [T, J / 2]
-    sin_ref,  # [T, J / 2]
+    cos_ref,  # [T, J]
+    sin_ref,  # [T, J], negative for the first of a pair
     scores_ref,  # [width, layers * lists], of each list from the best
     index_ref,  # [width, layers * lists]
     *, seen, lists, dtype,
 ):  # fmt: skip
-    count, level, is_all = seen(start_ref, end_ref)
+    count, level, used, is_all = seen(start_ref, end_ref)
     program, row = pl.program_id(0), pl.program_id(1)
     heads, size = query_ref.shape[1:]
     # A tile has `own` lists of 2^level keys.
@@ -129,33 +130,37 @@ def _score_kernel(
     log_own = (_TILE.bit_length() - 1) - level
     member = place & ((1 << log_own) - 1)
 
-    @pl.when(~is_all & (program * _TILE < (lists << level)))
+    @pl.when(~is_all & ((program << log_own) < used))
     def _score():
-        query = query_ref[row, :, :]
-        query = rope.rotate(query, cos_ref[row, :], sin_ref[row, :]).astype(dtype)
+        channel = jnp.arange(size)
+        # From memory once more: to take pairs apart, threads would wait for each other.
+        of_pair = query_ref[row, jnp.arange(heads)[:, None], (channel ^ 1)[None]]
+        query = query_ref[row, :, :] * cos_ref[row, :] + of_pair * sin_ref[row, :]
+        query = query.astype(dtype)
         share = share_ref[row, :] * (size * heads) ** -0.5
 
         def score(step, _):
             of_list = ((step * pl.num_programs(0) + program) << log_own) + member
-            key = of_list + (place >> log_own) * lists
+            key = of_list + (place >> log_own) * used
+            exists = (of_list < used) & (key < count)
             live = jnp.minimum(key, count - 1)[:, None]
             match = jax.lax.dot_general(
-                keys_ref[live, jnp.arange(size)[None]].astype(dtype),
+                keys_ref[live, channel[None]].astype(dtype),
                 query,
                 (((1,), (1,)), ((), ())),
                 precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
                 preferred_element_type=jnp.float32,
             )
             scores = ordered(jnp.sum(share[None] * jnp.maximum(match, 0), 1))
-            scores = jnp.where(key < count, scores, _NOTHING)
+            scores = jnp.where(exists, scores, _NOTHING)
             same_list = member[None] == member[:, None]
             beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
             rank = jnp.sum((beats & same_list).astype(jnp.int32), 1)
             scores_ref[row, rank * lists + of_list] = scores
             index_ref[row, rank * lists + of_list] = key
 
-        left = (lists << level) // _TILE - program
-        steps = jax.lax.div(left + pl.num_programs(0) - 1, pl.num_programs(0))
+        last = ((used - 1) >> log_own) - program
+        steps = jax.lax.div(last, pl.num_programs(0)) + 1
         jax.lax.fori_loop(0, steps, score, None)
 
 
@@ -177,11 +182,11 @@ def _place_kernel(
     out_ref,  # [T, N]
     *, seen, lists, layers,
 ):  # fmt: skip
-    _, level, is_all = seen(start_ref, end_ref)
+    _, level, used, is_all = seen(start_ref, end_ref)
     program, row = pl.program_id(0), pl.program_id(1)
     (rows, most), width = out_ref.shape, len(scores_ref)
     filled = lists << level
-    depth = min(_LAYERS, layers)
+    depth = min(max(_COMPARED // lists, 1), layers)
     chunk = depth * lists
 
     def write(rank, index):
@@ -199,7 +204,7 @@ def _place_kernel(
     def take(flat):
         """Return scores and indices; nothing where there is none."""
         read = jnp.minimum(flat, layers * lists - 1)
-        real = flat < filled
+        real = (flat < filled) & ((flat & (lists - 1)) < used)
         return jnp.where(real, scores_ref[row, read], _NOTHING), index_ref[row, read]
 
     def rank_of(score, index):
@@ -238,6 +243,6 @@ def _place_kernel(
         step, chosen = state
         return (step * chunk < filled) & (chosen > 0)
 
-    @pl.when(~is_all)
+    @pl.when(~is_all & (program < used))
     def _place():
         jax.lax.while_loop(goes_on, place, (jnp.int32(0), jnp.int32(1)))

@@ -137,7 +137,7 @@ def _dense_kernel(
     elif len(floats) == len(weights):
 
         def multiply(x: Array, width: int) -> tuple[Array, ...]:
-            return plain.matvecs(x.astype(dtype), floats, width)
+            return plain.matvecs(x, floats, width, dtype=dtype)
 
     else:
         return None

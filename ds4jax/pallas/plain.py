@@ -38,6 +38,7 @@ def matvecs(
     weights: Sequence[Float[Array | np.ndarray, "_ In"]],
     width: int | None = None,
     *,
+    dtype: str | None = None,
     interpret: bool = False,
     tile: tuple[int, int, int] | None = None,
 ) -> tuple[Float[Array, "R _"], ...]:
@@ -48,6 +49,7 @@ def matvecs(
       weights: [Out, In], each with an Out of its own.
       width: how many rows to compute; the others' results are copies of the last of
         these.  All if not given.
+      dtype: to which the rows are rounded, theirs if not given.
       interpret: without a GPU.
       tile: rows and columns that a program takes at a time, and its warps; by the
         weights' shapes if not given.
@@ -56,7 +58,12 @@ def matvecs(
     bn, bk, warps = tile or _tile(outs, k)
     return pl.pallas_call(
         functools.partial(
-            _kernel, bn=bn, bk=bk, width=width or len(x), interpret=interpret
+            _kernel,
+            bn=bn,
+            bk=bk,
+            width=width or len(x),
+            dtype=dtype or x.dtype,
+            interpret=interpret,
         ),
         grid=(sum(n // bn for n in outs),),
         out_shape=tuple(jax.ShapeDtypeStruct((len(x), n), jnp.float32) for n in outs),
@@ -66,17 +73,27 @@ def matvecs(
     )(x, *weights)
 
 
+_TILES = {
+    512: (1, 4096, 8),
+    1024: (2, 2048, 4),
+    4096: (4, 1024, 4),
+    np.inf: (2, 1024, 1),
+}
+"""Rows, columns and warps of a program, by the most rows of all weights together."""
+
+
 def _tile(outs: list[int], k: int) -> tuple[int, int, int]:
     """Return what was fastest on an H200, for one and two rows, at Flash's shapes."""
-    n, bk = sum(outs), divisor(k, 4096)
-    bn = 1 if n <= 512 else min(divisor(size, 2) for size in outs)
-    return bn, bk, max(bk // (512 if n <= 1024 else 1024), 1)
+    of_all = sum(outs)
+    rows, columns, warps = next(t for most, t in _TILES.items() if of_all <= most)
+    bk = divisor(k, columns)
+    return min(divisor(n, rows) for n in outs), bk, max(warps * bk // columns, 1)
 
 
 def _kernel(
     x_ref,  # [R, In]
     *refs,  # of each weight [Out, In], then of each output [R, Out]
-    bn, bk, width, interpret,
+    bn, bk, width, dtype, interpret,
 ):  # fmt: skip
     weights, outs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
 
@@ -87,9 +104,10 @@ def _kernel(
             columns = pl.ds(step * bk, bk)
             w = read_once(weights[weight], (own, columns), interpret)
             w = w.astype(jnp.float32)
+            rows = [x_ref[row, columns].astype(dtype) for row in range(width)]
             return tuple(
-                so_far + w * x_ref[row, columns].astype(jnp.float32)[None]
-                for row, so_far in enumerate(sums)
+                so_far + w * x.astype(jnp.float32)[None]
+                for x, so_far in zip(rows, sums, strict=True)
             )
 
         zero = jnp.zeros((bn, bk), jnp.float32)

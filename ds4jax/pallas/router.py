@@ -63,20 +63,23 @@ def _kernel(
     share_ref,  # [T, U]
     *, scale, smallest, width,
 ):  # fmt: skip
-    row = pl.program_id(0)
-    logits = logits_ref[jnp.minimum(row, width - 1), :]
-    softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    prob = jnp.sqrt(softplus)
-    expert, left = jnp.arange(len(prob)), prob + bias_ref[:]
-    chosen, picked = [], []
-    for _ in range(chosen_ref.shape[1]):
-        # Ties go to the lowest index; and of no numbers at all, the last is an expert.
-        ties = jnp.where(left == jnp.max(left), expert, len(prob) - 1)
-        best = jnp.min(ties)
-        chosen.append(best)
-        picked.append(jnp.sum(jnp.where(expert == best, prob, 0)))
+    row, used = pl.program_id(0), chosen_ref.shape[1]
+    read = jnp.minimum(row, width - 1)
+
+    def probability(logits):
+        softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        return jnp.sqrt(softplus)
+
+    left = probability(logits_ref[read, :]) + bias_ref[:]
+    expert, slot = jnp.arange(len(left)), jnp.arange(pl.next_power_of_2(used))
+    chosen = jnp.zeros(slot.shape, jnp.int32)
+    for place in range(used):
+        best = jnp.argmax(left)
+        chosen = jnp.where(slot == place, best, chosen)
         left = jnp.where(expert == best, -jnp.inf, left)
-    total = jnp.maximum(sum(picked), smallest)
-    for place, (best, value) in enumerate(zip(chosen, picked, strict=True)):
-        chosen_ref[row, place] = best
-        share_ref[row, place] = value / total * scale
+    # Read once more, for a sum over all experts would be a round of waiting for each.
+    is_used = slot < used
+    picked = jnp.where(is_used, probability(logits_ref[read, chosen]), 0)
+    share = picked / jnp.maximum(jnp.sum(picked), smallest) * scale
+    plgpu.store(chosen_ref.at[row, slot], chosen, mask=is_used)
+    plgpu.store(share_ref.at[row, slot], share, mask=is_used)
