@@ -142,7 +142,6 @@ def _score_kernel(
         def score(step, _):
             of_list = ((step * pl.num_programs(0) + program) << log_own) + member
             key = of_list + (place >> log_own) * used
-            exists = (of_list < used) & (key < count)
             live = jnp.minimum(key, count - 1)[:, None]
             match = jax.lax.dot_general(
                 keys_ref[live, channel[None]].astype(dtype),
@@ -152,7 +151,7 @@ def _score_kernel(
                 preferred_element_type=jnp.float32,
             )
             scores = ordered(jnp.sum(share[None] * jnp.maximum(match, 0), 1))
-            scores = jnp.where(exists, scores, _NOTHING)
+            scores = jnp.where(key < count, scores, _NOTHING)
             same_list = member[None] == member[:, None]
             beats = _beats(scores[None], key[None], scores[:, None], key[:, None])
             rank = jnp.sum((beats & same_list).astype(jnp.int32), 1)
@@ -202,7 +201,7 @@ def _place_kernel(
         write(rank, rank)
 
     def take(flat):
-        """Return scores and indices; nothing where there is none."""
+        """Return scores and indices; nothing where there is none, or no list."""
         read = jnp.minimum(flat, layers * lists - 1)
         real = (flat < filled) & ((flat & (lists - 1)) < used)
         return jnp.where(real, scores_ref[row, read], _NOTHING), index_ref[row, read]
