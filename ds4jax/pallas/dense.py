@@ -1,4 +1,4 @@
-"""What kernels of dense products share: tiles, weights in one launch, reads, writes."""
+"""What kernels share: sizes of tiles, weights in one launch, reads and writes."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.passes import Weight
 from ds4jax.pallas.tile_formats import COLUMNS, FORMATS
 from ds4jax.quant import QuantTensor
@@ -144,7 +145,7 @@ def _products(
     name, n = weights[0].format, weights[0].shape[1]
     format = FORMATS[name]
     x = format.arrange(x.astype(jnp.bfloat16))
-    bn = min(_WIDTH, n & -n)
+    bn = divisor(n, _WIDTH)
     return pl.pallas_call(
         functools.partial(
             _kernel, bn=bn, format=format, gather=not is_sorted, activation=activation,

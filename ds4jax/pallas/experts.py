@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from ds4jax.pallas import iq2_xxs, k_quants
+from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 from ds4jax.quant import QuantTensor
 
@@ -120,8 +121,8 @@ def matvec(
     n = w.shape[1]
     rows, each = expert_ids.shape
     warps, tiles = tile or (format.warps, format.tiles)
-    height = min(n & -n, warps)
-    tiles = min((n // height) & -(n // height), tiles)
+    height = divisor(n, warps)
+    tiles = divisor(n // height, tiles)
     pairs, own = rows * each, (width or rows) * each
     operands = format.activations(x), format.planes(w)
     out = pl.pallas_call(

@@ -20,6 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
+from ds4jax.pallas.dense import divisor
+
 GROUP = 32
 """Values that share a scale."""
 
@@ -135,7 +137,7 @@ def _fix(arrays, of, dtype, order, norm, interpret):
     """Return `of(*arrays)`, elementwise, as fixed-point numbers."""
     rows, width = arrays[0].shape
     groups = width // GROUP
-    at_once = min(groups & -groups, 8)
+    at_once = divisor(groups, 8)
     shape = groups, 2, 4, 4
     norms, eps = [], None
     if norm:

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from ds4jax.iq2_grid import IQ2_GRID
+from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.fixed_point import FixedPoint, add_dot, assembly, in_turn, total
 from ds4jax.quant import QuantTensor
 
@@ -80,7 +81,7 @@ def multiply(
     """
     words_ref, scale_ref, codes_ref = x
     limbs, _, runs = words_ref.shape[1:4]
-    units = min(runs & -runs, _UNITS)
+    units = divisor(runs, _UNITS)
 
     def load(step):
         own, run = pl.ds(step * units, units), step * units + jnp.arange(units)

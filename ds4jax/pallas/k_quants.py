@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.fixed_point import FixedPoint, dot, in_turn, total
 from ds4jax.quant import QuantTensor
 
@@ -86,7 +87,7 @@ def multiply(
     """
     words_ref, scale_ref, sums_ref = x
     limbs, levels, chunks = words_ref.shape[1:4]
-    units = min(chunks & -chunks, _CHUNKS)
+    units = divisor(chunks, _CHUNKS)
 
     def load(step):
         own = pl.ds(step * units, units)
