@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax.model.rope import rotate
+from ds4jax.model.rope import rotate, turn
 from ds4jax.pallas import indexer as pallas
+from ds4jax.pallas.rope import spread
 
 ROWS, HEADS, SIZE, RATIO = 8, 16, 64, 4
-TURNS = np.asarray([1, 0.5, 0.1, 0.02], np.float32)
+FREQUENCIES = np.asarray([1, 0.5, 0.1, 0.02], np.float32)
 NEAR = {"float32": 1e-4, "bfloat16": 1e-2}
 """Of scores near 10, summed in another order; of bfloat16, angles that differ in their
 last bit round some of 1024 factors otherwise."""
@@ -22,8 +23,9 @@ same = np.testing.assert_array_equal
 @functools.partial(jax.jit, static_argnames=("most", "dtype", "width"))
 def best(query, share, keys, start, end, most, dtype="float32", width=None):
     place = jnp.asarray([start], jnp.int32), jnp.asarray([end], jnp.int32)
+    turned = turn(start + jnp.arange(ROWS), spread(FREQUENCIES, SIZE))
     return pallas.best(
-        query, share, keys, *place, TURNS, RATIO, most, dtype, width, interpret=True
+        query, share, keys, *place, turned, RATIO, most, dtype, width, interpret=True
     )
 
 
@@ -91,9 +93,9 @@ def test_scores_are_those_of_rotated_queries(dtype):
     start, most = RATIO * 500 - 3, 64
     keys = keys.at[(start + ROWS) // RATIO :].set(jnp.nan)
     positions = start + jnp.arange(ROWS)
-    turned = rotate(query, positions[:, None], TURNS).astype(dtype).astype(jnp.float32)
-    rounded = keys.astype(dtype).astype(jnp.float32)
-    match = jnp.einsum("tij,cj->tic", turned, rounded)
+    rounded = lambda a: a.astype(dtype).astype(jnp.float32)  # noqa: E731
+    turned = rounded(rotate(query, positions[:, None], FREQUENCIES))
+    match = jnp.einsum("tij,cj->tic", turned, rounded(keys))
     score = jnp.einsum("ti,tic->tc", share, jax.nn.relu(match)) / 32
     whole = best(query, share, keys, start, start + ROWS, most, dtype)
     for row, (found, expected) in enumerate(zip(whole, score, strict=True)):
@@ -114,17 +116,9 @@ def test_it_lowers_at_the_shapes_of_flash(size):
     assert pallas.serves(query)
 
     def run(query, share, keys):
+        turned, most = (query[:, 0], query[:, 1]), min(size, 512)
         return pallas.best(
-            query,
-            share,
-            keys,
-            place,
-            place,
-            TURNS,
-            RATIO,
-            min(size, 512),
-            "bfloat16",
-            2,
+            query, share, keys, place, place, turned, RATIO, most, "bfloat16", 2
         )
 
     keys = jnp.zeros((size, 128))

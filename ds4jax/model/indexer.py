@@ -17,12 +17,13 @@ from ds4jax.model.cache import CompressorCache, Rows, blank_invisible
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.layers import Linear, Weights, scope
 from ds4jax.model.query_blocks import has_blocks, in_blocks
-from ds4jax.model.rope import frequencies, rotate
+from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_index
 from ds4jax.pallas import indexer as pallas
 from ds4jax.pallas import long_index
 from ds4jax.pallas.matmul import einsum
 from ds4jax.pallas.passes import by_kernel, of_prefill
+from ds4jax.pallas.rope import spread
 
 
 class Indexer(nnx.Module):
@@ -65,9 +66,11 @@ class Indexer(nnx.Module):
 
         def kernel(width, query, share, keys):
             c = self.config
+            every = spread(frequencies(c, compressed=True), c.index_dim)
+            turned = turn(rows.positions[0], every)
             index = pallas.best(
-                query[0], share[0], keys[0], rows.start, rows.end,
-                frequencies(c, compressed=True), CSA_RATIO, most, c.dtype, width,
+                query[0], share[0], keys[0], rows.start, rows.end, turned,
+                CSA_RATIO, most, c.dtype, width,
             )  # fmt: skip
             return index[None], finished(rows, CSA_RATIO, most)
 

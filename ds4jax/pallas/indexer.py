@@ -18,8 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import rope
-
 _TILE = 64
 """Keys that a program scores; a list is no longer."""
 
@@ -49,7 +47,7 @@ def best(
     keys: Float[Array, "C J"],
     start: Int[Array, "1"],
     end: Int[Array, "1"],
-    frequencies: np.ndarray,
+    turn: tuple[Float[Array, "T J"], Float[Array, "T J"]],
     ratio: int,
     most: int,
     dtype: str,
@@ -67,7 +65,7 @@ def best(
       share: of each head in a score.
       keys: rotated; one that does not exist is not read.
       start, end: positions of the first row and behind the last real one.
-      frequencies: of the rotation, as of `model.rope.rotate`.
+      turn: what rotates the rows' queries, of `model.rope.turn`, in every channel.
       ratio: positions for each key.
       most: N, at most C.
       dtype: operand type of the product.
@@ -78,9 +76,6 @@ def best(
     width = width or rows
     lists = max(_LISTS, pl.next_power_of_2(len(keys)) // _TILE)
     layers = pl.next_power_of_2(pl.cdiv(len(keys), lists))
-    angle = (start + jnp.arange(rows))[:, None].astype(jnp.float32)
-    angle = jnp.repeat(angle * rope.spread(frequencies, size), 2, 1)
-    sign = jnp.where(jnp.arange(size) % 2 == 0, -1, 1)
     seen = functools.partial(_seen, ratio=ratio, most=most, lists=lists, layers=layers)
     call = functools.partial(pl.pallas_call, interpret=interpret)
     in_lists = jax.ShapeDtypeStruct((width, layers * lists), jnp.int32)
@@ -90,7 +85,7 @@ def best(
         out_shape=(in_lists, in_lists),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name=f"index_scores_{heads}x{size}",
-    )(start, end, query, share, keys, jnp.cos(angle), sign * jnp.sin(angle))
+    )(start, end, query, share, keys, *turn)
     return call(
         functools.partial(_place_kernel, seen=seen, lists=lists, layers=layers),
         grid=(lists, width),
