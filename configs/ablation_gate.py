@@ -26,7 +26,7 @@ def get_config():
             "seeds": (0,),
             "temperature": 0.0,
             "tokens": 1024,
-            "turn": 256,
+            "turn": 128,
             "rounds": 10,
             "repeats": 2,
         }

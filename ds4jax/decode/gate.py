@@ -28,7 +28,8 @@ class Gate:
         faster above (RW + D) / R1 - 1, which is the device's and the model's, and is
         what `ds4jax ablate` reports as the break-even.
       rest: plain cycles after a window that did not pay.  Each further one in a row
-        doubles it.
+        takes four times as many: what tries in vain cost is then soon little, and a
+        text of which only the start was hard has not rested long.
       longest: most plain cycles in a row.
 
     Raises:
@@ -37,7 +38,7 @@ class Gate:
 
     window: int = 12
     least: float = 0.3
-    rest: int = 64
+    rest: int = 16
     longest: int = 1024
 
     def __post_init__(self):
@@ -96,9 +97,9 @@ def judge(
     fails = counts & (possible < gate.least * gate.window)
     ends = fails | (cycles == gate.window)
     failures = jnp.where(ends & ~fails, 0, state.failures + fails)
-    most = (gate.longest // gate.rest).bit_length()
-    doubled = gate.rest << jnp.clip(failures - 1, 0, most)
-    rest = jnp.minimum(doubled, gate.longest)
+    most = (gate.longest // gate.rest).bit_length() // 2 + 1
+    rest = gate.rest << 2 * jnp.clip(failures - 1, 0, most)
+    rest = jnp.minimum(rest, gate.longest)
     return GateState(
         cycles=jnp.where(ends, 0, cycles),
         accepted=jnp.where(ends, 0, total),
