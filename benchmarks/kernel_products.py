@@ -126,27 +126,31 @@ def gated(format: str, what: str, of_down: str) -> Case:
 
 
 def down(format: str, what: str) -> Case:
-    """Return the case of `experts.matvec`, as `gated`."""
+    """Return the case of `experts.add_weighed`, as `gated`."""
 
     def draw():
         ids = chosen()
         x = normal(0, *ids.shape, FFN, dtype=DTYPE)
-        return x, random_weight(1, format, (EXPERTS, HIDDEN, FFN)), ids
+        share, total = normal(1, *ids.shape), normal(2, len(ids), HIDDEN)
+        return total, x, random_weight(1, format, (EXPERTS, HIDDEN, FFN)), ids, share
 
-    def run(width, x, w, ids):
+    def run(width, total, x, w, ids, share):
         x = fix(x.reshape(-1, FFN), DTYPE, experts.FORMATS[format].order)
-        return experts.matvec(x, w, ids, width)
+        return experts.add_weighed(total, x, w, ids, share, width)
 
-    def xla(x, w, ids):
-        return expert_matmul(x, w, ids, DTYPE)
+    def xla(total, x, w, ids, share):
+        return total + jnp.sum(share[..., None] * expert_matmul(x, w, ids, DTYPE), 1)
 
-    def nbytes(width, x, w, ids):
-        return x.nbytes // DECODE_ROWS * width + read([w], width, ids)
+    def nbytes(width, total, x, w, ids, share):
+        rows = (array.nbytes // DECODE_ROWS * width for array in (total, x))
+        return sum(rows) + read([w], width, ids)
 
-    def exact(x, w, ids):
+    def exact(total, x, w, ids, share):
         part = jax.tree.map(lambda plane: plane[ids, :COMPARED], w)
         w = np.asarray(dequantize(part), np.float64)
-        return (w @ np.asarray(x, np.float64)[..., None])[..., 0]
+        found = (w @ np.asarray(x, np.float64)[..., None])[..., 0]
+        weighed = np.asarray(share, np.float64)[..., None] * found
+        return np.asarray(total, np.float64)[:, :COMPARED] + weighed.sum(1)
 
     return Case(
         "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",), exact=exact,
@@ -187,7 +191,7 @@ CASES = [
     dense("Q8_0", "shared gate, up", [2048, 2048], 4096),
     dense("Q8_0", "shared down", [4096], 2048),
     gated("IQ2_XXS", "expert gate, up", "Q2_K"),
-    down("Q2_K", "expert down"),
+    down("Q2_K", "expert down, added up"),
     gated("Q4_K", "expert gate, up", "Q4_K"),
-    down("Q4_K", "expert down"),
+    down("Q4_K", "expert down, added up"),
 ]

@@ -37,11 +37,12 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def check(found, spec: str, x, w, dtype: str):
+def check(found, spec: str, x, w, dtype: str, *factors):
     x = np.asarray(x.astype(dtype), np.float64)
     w = np.asarray(dequantize(w), np.float64)
-    error = np.abs(found - np.einsum(spec, x, w))
-    assert np.all(error <= WORST[dtype] * np.einsum(spec, abs(x), abs(w)))
+    error = np.abs(found - np.einsum(spec, x, w, *factors))
+    worst = np.einsum(spec, *map(np.abs, (x, w, *factors)))
+    assert np.all(error <= WORST[dtype] * worst)
 
 
 def assert_copies(found, expected, width: int):
@@ -98,35 +99,38 @@ def test_fixed_point_of_normed_rows(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("used", [2, 3, 5])
 @pytest.mark.parametrize("name", experts.FORMATS)
-def test_experts(name, each, dtype):
-    """A row for all its experts, or one for each."""
-    w, used = weight(name, EXPERTS, 24), 3
-    x = rows(ROWS, each)
+def test_experts_are_weighed_and_added(name, used, dtype):
+    """Several at a time, or one.  Seen red with the first one's share for all."""
+    w, order = weight(name, EXPERTS, 24), experts.FORMATS[name].order
+    x = rows(ROWS, used)
     ids = jnp.asarray(np.random.default_rng(0).integers(EXPERTS, size=(ROWS, used)))
-    order = experts.FORMATS[name].order
-    fixed = fix(x.reshape(-1, IN), dtype, order, interpret=True)
-    expected = experts.matvec(fixed, w, ids, interpret=True)
-    wide = jnp.broadcast_to(x, (ROWS, used, IN))
+    total, share = normal(1, ROWS, 24), normal(2, ROWS, used)
+
+    def run(total, x, share, width=None):
+        fixed = fix(x.reshape(-1, IN), dtype, order, interpret=True)
+        return experts.add_weighed(total, fixed, w, ids, share, width, interpret=True)
+
+    whole = run(total, x, share)
     chosen = jax.tree.map(lambda plane: plane[ids], w)
-    check(expected, "nui,nuoi->nuo", wide, chosen, dtype)
-    for width in (1, 2) if each == 1 else (3,):
-        spoilt = x.at[width:].set(jnp.nan).reshape(-1, IN)
-        spoilt = fix(spoilt, dtype, order, interpret=True)
-        found = experts.matvec(spoilt, w, ids, width, interpret=True)
-        assert_copies(found, expected, width)
+    check(whole - total, "nui,nuoi,nu->no", x, chosen, dtype, share)
+    for width in (1, 2):
+        spoilt = (a.at[width:].set(jnp.nan) for a in (total, x, share))
+        assert_copies(run(*spoilt, width=width), whole, width)
 
 
 @pytest.mark.parametrize("name", experts.FORMATS)
 def test_experts_of_a_width_that_is_no_power_of_two(name):
     """Seen red when what is left after whole steps was dropped."""
     w = synthetic.blocks(jax.random.key(0), name, (2, 8, 3072))
-    x, ids = normal(0, 1, 3072), jnp.asarray([[1, 0]])
+    x, ids = normal(0, 2, 3072), jnp.asarray([[1, 0]])
     fixed = fix(x, "float32", experts.FORMATS[name].order, interpret=True)
-    found = experts.matvec(fixed, w, ids, interpret=True)
+    found = experts.add_weighed(
+        jnp.zeros((1, 8)), fixed, w, ids, jnp.ones((1, 2)), interpret=True
+    )
     chosen = jax.tree.map(lambda plane: plane[ids], w)
-    check(found, "nui,nuoi->nuo", x[None].repeat(2, 1), chosen, "float32")
+    check(found, "nui,nuoi->no", x[None], chosen, "float32")
 
 
 @pytest.mark.parametrize(
@@ -248,12 +252,14 @@ def test_experts_by_kernel(gated, down):
         for i, name in enumerate((gated, gated, down))
     )
     x, ids = rows(2), jnp.asarray([[1, 0], [2, 1]])
+    total, share = normal(1, 2, IN), normal(2, 2, 2)
     found = experts_by_kernel(
-        x, gate, up, back, ids, swiglu, "float32", 2, interpret=True
+        total, x, gate, up, back, ids, share, swiglu, "float32", 2, interpret=True
     )
     product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
     hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
-    np.testing.assert_allclose(found, product(hidden, back), rtol=1e-4, atol=1e-4)
+    expected = total + jnp.sum(share[..., None] * product(hidden, back), 1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_weights_have_no_kernels():

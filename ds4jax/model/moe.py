@@ -73,8 +73,8 @@ class MoE(nnx.Module):
         """
         chosen, share = self.route(x, tokens)
         kernel = self._by_kernel if has_expert_kernels(*self._stacks()) else None
-        out = by_rows(self._routed, x, chosen, share, cuda=kernel)
-        return out + self._shared(x, fixed), chosen
+        shared = self._shared(x, fixed)
+        return by_rows(self._add_routed, shared, x, chosen, share, cuda=kernel), chosen
 
     def _stacks(self):
         return [w.get_value() for w in (self.gate, self.up, self.down)]
@@ -87,28 +87,29 @@ class MoE(nnx.Module):
         kernel = shared_expert_kernel(gate_w, up_w, down_w, activate, dtype, fixed)
         return by_kernel(product, x, cuda=kernel)
 
-    def _routed(self, x, chosen, share):
-        """Sum each row's chosen experts, whichever way takes less."""
+    def _add_routed(self, total, x, chosen, share):
+        """Add each row's chosen experts, whichever way takes less."""
         # Few rows read only their own experts, one copy for each choice; once that
         # is as many as there are, computing them all costs less.  Who watches the
         # products is to learn which rows are an expert's, so these must be few.
         few = chosen.size < self.config.experts or is_watched()
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
         if few:
-            return self._chosen(*rows).reshape(x.shape)
+            return total + self._chosen(*rows).reshape(x.shape)
         is_bfloat16 = self.config.dtype == "bfloat16"
         served = is_bfloat16 and expert_tiles.serves(*self._stacks())
         kernel = self._by_tiles if served else None
-        return of_prefill(self._all, *rows, cuda=kernel).reshape(x.shape)
+        return total + of_prefill(self._all, *rows, cuda=kernel).reshape(x.shape)
 
-    def _by_kernel(self, width, x, chosen, share):
-        """Sum each row's chosen experts, multiplied where they lie."""
+    def _by_kernel(self, width, total, x, chosen, share):
+        """Add each row's chosen experts, multiplied where they lie."""
         c, activate = self.config, _swiglu(self.config.swiglu_limit)
         gate, up, down = self._stacks()
         out = experts_by_kernel(
-            x[0], gate, up, down, chosen[0], activate, c.dtype, width
-        )
-        return jnp.sum(share[0, ..., None] * out, axis=1)[None]
+            total[0], x[0], gate, up, down, chosen[0], share[0], activate, c.dtype,
+            width,
+        )  # fmt: skip
+        return out[None]
 
     def route(
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]

@@ -1,8 +1,9 @@
 """Products of rows with the experts they chose, on NVIDIA GPUs.
 
-A program takes some rows of one expert's weight and one row of activations.  Programs
-run in the order of the weight's rows, so what two rows read of one expert lies in the
-cache for the second.  A pair's sum has one order, fixed by the weight's shape alone.
+A program takes some rows of one expert's weight, or of all that a row chose, and one
+row of activations.  Programs run in the order of the weight's rows, so what two rows
+read of one expert lies in the cache for the second.  A sum has one order, fixed by the
+weight's shape alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Format:
     Attributes:
       order: of the activations.
       activations, planes, multiply: as in `k_quants` and `iq2_xxs`.
-      warps, tiles: of a program of `matvec`; a tile has a row for each warp.
+      warps: of a program of `add_weighed`; a tile has a row for each of them.
+      tiles: that it takes at a time for one row, and twice as many for more.
       gated_warps: of a program of `gated`.
       gated_tiles: that it takes of gate and of up at a time; more want more registers.
     """
@@ -70,16 +72,16 @@ def _k_quant(
 
 
 FORMATS = {
-    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (4, 2, 16, 2)),
+    "Q8_0": _k_quant(8, _read_by_chunk, lambda scales: [(1, 0)], (), (4, 1, 16, 2)),
     "Q2_K": _k_quant(
-        2, _read_by_chunk, k_quants.unpack_q2_k, ("dmin", "scales"), (4, 4, 8, 4)
+        2, _read_by_chunk, k_quants.unpack_q2_k, ("dmin", "scales"), (4, 2, 8, 4)
     ),
     "Q4_K": _k_quant(
         4,
         _read_by_group,
         k_quants.unpack_q4_k,
         ("dmin", "scales", "mins"),
-        (4, 4, 8, 4),
+        (4, 2, 8, 4),
     ),
     "IQ2_XXS": Format(
         Order(by_word=True),
@@ -87,7 +89,7 @@ FORMATS = {
         iq2_xxs.planes,
         iq2_xxs.multiply,
         warps=8,
-        tiles=4,
+        tiles=2,
         gated_warps=8,
         gated_tiles=2,
     ),
@@ -96,75 +98,100 @@ FORMATS = {
 
 
 @functools.partial(jax.jit, static_argnames=("width", "interpret", "tile"))
-def matvec(
+def add_weighed(
+    total: Float[Array, "R Out"],
     x: FixedPoint,
     w: QuantTensor,
     expert_ids: Int[Array, "R U"],
+    share: Float[Array, "R U"],
     width: int | None = None,
     *,
     interpret: bool = False,
     tile: tuple[int, int] | None = None,
-) -> Float[Array, "R U Out"]:
-    """Return the product of each row, or of R U rows in turn, with its U experts.
+) -> Float[Array, "R Out"]:
+    """Return `total` and the weighed products of each row's U vectors with its experts.
+
+    The products are added to each other first, in their order.
 
     Args:
-      x: R or R * U rows of In, in the order of the format.
+      total: to be added to.
+      x: R * U vectors of In, in the order of the format.
       w: [E, Out, In], of one of FORMATS.
       expert_ids: of each row.
+      share: of each product.
       width: for how many of the R rows to compute; the others' results are copies of
         the last of these.  All if not given.
       interpret: without a GPU.
-      tile: a program's warps and tiles; by the format if not given.
+      tile: a program's warps and tiles; by the format and the width if not given.
     """
     format = FORMATS[w.format]
     assert x.order == format.order
     n = w.shape[1]
     rows, each = expert_ids.shape
-    warps, tiles = tile or (format.warps, format.tiles)
+    width = width or rows
+    warps, tiles = tile or (format.warps, format.tiles * min(width, 2))
     height = divisor(n, warps)
     tiles = divisor(n // height, tiles)
-    pairs, own = rows * each, (width or rows) * each
     operands = format.activations(x), format.planes(w)
-    out = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(
             _kernel,
             multiply=format.multiply,
             count=len(operands[0]),
             tiles=tiles,
             height=height,
-            each=pairs // len(x.scale),
-            copies=[pairs - own, each],
             interpret=interpret,
         ),
-        grid=(own, n // (height * tiles)),
-        out_shape=jax.ShapeDtypeStruct((pairs, n), jnp.float32),
+        grid=(width, n // (height * tiles)),
+        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=warps),
         interpret=interpret,
-        name=f"{w.format.lower()}_{own}x{n}x{w.shape[-1]}",
-    )(expert_ids.reshape(-1), *operands[0], *operands[1])
-    return out.reshape(rows, each, n)
+        name=f"{w.format.lower()}_{width * each}x{n}x{w.shape[-1]}",
+    )(total, expert_ids, share, *operands[0], *operands[1])
 
 
 def _kernel(
-    ids_ref,  # [P]
-    *refs,  # of the activations, of the weight; out [P, N]
-    multiply, count, tiles, height, each, copies, interpret,
+    total_ref,  # [R, N]
+    ids_ref,  # [R, U]
+    share_ref,  # [R, U]
+    *refs,  # of the activations, of the weight; out [R, N]
+    multiply, count, tiles, height, interpret,
 ):  # fmt: skip
     x, w, out_ref = refs[:count], refs[count:-1], refs[-1]
-    pair, first = pl.program_id(0), pl.program_id(1) * tiles * height
+    row, first = pl.program_id(0), pl.program_id(1) * tiles * height
     firsts = [first + height * tile for tile in range(tiles)]
-    found = multiply(
-        x, [(w, at) for at in firsts], pair // each, ids_ref[pair], height, interpret
-    )
-    for at, values in zip(firsts, found, strict=True):
-        out_ref[pair, pl.ds(at, height)] = values
-    if copies[0]:
+    each = ids_ref.shape[1]
+    # What several experts' tiles are multiplied by is on its way together.
+    at_once = next(number for number in (3, 2, 1) if each % number == 0)
 
-        @pl.when(pair >= pl.num_programs(0) - copies[1])
+    def add(step, sums):
+        for slot in range(at_once):
+            number = step * at_once + slot
+            found = multiply(
+                x, [(w, at) for at in firsts], row * each + number,
+                ids_ref[row, number], height, interpret,
+            )  # fmt: skip
+            share = share_ref[row, number]
+            sums = [s + share * f for s, f in zip(sums, found, strict=True)]
+        return sums
+
+    sums = [jnp.zeros(height, jnp.float32)] * tiles
+    sums = jax.lax.fori_loop(0, each // at_once, add, sums)
+    own = [pl.ds(at, height) for at in firsts]
+    sums = [total_ref[row, at] + s for at, s in zip(own, sums, strict=True)]
+
+    def write(to):
+        for at, values in zip(own, sums, strict=True):
+            out_ref[to, at] = values
+
+    write(row)
+    width = pl.num_programs(0)
+    if out_ref.shape[0] > width:
+
+        @pl.when(row == width - 1)
         def _copy():
-            for more in range(copies[1], copies[0] + copies[1], copies[1]):
-                for at, values in zip(firsts, found, strict=True):
-                    out_ref[pair + more, pl.ds(at, height)] = values
+            for copy in range(width, out_ref.shape[0]):
+                write(copy)
 
 
 @functools.partial(

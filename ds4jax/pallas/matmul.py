@@ -238,24 +238,28 @@ def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
 
 
 def experts_by_kernel(
+    total: Float[Array, "N Out"],
     x: Float[Array, "N In"],
     gate: Weight,
     up: Weight,
     down: Weight,
     expert_ids: Int[Array, "N U"],
+    share: Float[Array, "N U"],
     activation: Callable[[Array, Array], Array],
     dtype: str,
     width: int,
     *,
     interpret: bool = False,
-) -> Float[Array, "N U Out"]:
-    """Return `down activation(gate x, up x)` of the experts that rows chose, on a GPU.
+) -> Float[Array, "N Out"]:
+    """Add `down activation(gate x, up x)` of the experts that rows chose, on a GPU.
 
     Args:
+      total: to be added to.
       x: rows.
       gate, up, down: the experts, [E, F, In] twice and [E, Out, F], of which
         `has_expert_kernels`.
       expert_ids: of each row.
+      share: of each of them.
       activation: elementwise.
       dtype: operand type.
       width: how many of the N rows, the first ones, are not copies.
@@ -268,7 +272,9 @@ def experts_by_kernel(
         fix(x, dtype, order, interpret=interpret), gate, up, expert_ids, activation,
         dtype, of_hidden, width, interpret=interpret,
     )  # fmt: skip
-    return experts.matvec(hidden, down, expert_ids, width, interpret=interpret)
+    return experts.add_weighed(
+        total, hidden, down, expert_ids, share, width, interpret=interpret
+    )
 
 
 def shared_expert_kernel(
