@@ -161,8 +161,8 @@ def _kernel(
     row, first = pl.program_id(0), pl.program_id(1) * tiles * height
     firsts = [first + height * tile for tile in range(tiles)]
     each = ids_ref.shape[1]
-    # What several experts' tiles are multiplied by is on its way together.
-    at_once = next(number for number in (3, 2, 1) if each % number == 0)
+    # Three together are 2 to 4 % faster, and take three times as long to compile.
+    at_once = 2 - each % 2
 
     def add(step, sums):
         for slot in range(at_once):
