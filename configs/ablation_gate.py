@@ -3,8 +3,8 @@
 ds4's pairing of the head stands for drafts that are seldom accepted.  The rounds are
 many and the texts long, because the question is one of 2 %: each time that drafts are
 tried in vain costs what a few passes do, and a machine's own speed changes by more from
-one run to the next.  The turns are long enough that what a call costs, more for a gated
-run than for plain decoding, is little of one.
+one run to the next.  The turns are short for that, but long enough that what a call
+costs is little of one.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config():
             "seeds": (0,),
             "temperature": 0.0,
             "tokens": 1024,
-            "turn": 128,
+            "turn": 64,
             "rounds": 10,
             "repeats": 2,
         }

@@ -170,7 +170,7 @@ def test_a_request_starts_with_drafting(model, start):
         (dict(window=0), "gate.window: expected at least 1, found 0"),
         (dict(least=-0.1), "gate.least: expected at least 0, found -0.1"),
         (dict(rest=0), "gate.rest: expected at least 1, found 0"),
-        (dict(longest=9), "gate.longest: expected at least rest=16, found 9"),
+        (dict(longest=9), "gate.longest: expected at least rest=32, found 9"),
     ],
 )
 def test_mistakes_are_told(setting, told):

@@ -38,7 +38,7 @@ class Gate:
 
     window: int = 12
     least: float = 0.3
-    rest: int = 16
+    rest: int = 32
     longest: int = 1024
 
     def __post_init__(self):
