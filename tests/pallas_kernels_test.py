@@ -99,10 +99,10 @@ def test_fixed_point_of_normed_rows(dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("used", [2, 3, 5])
+@pytest.mark.parametrize("used", [3, 4])
 @pytest.mark.parametrize("name", experts.FORMATS)
 def test_experts_are_weighed_and_added(name, used, dtype):
-    """Several at a time, or one.  Seen red with the first one's share for all."""
+    """One at a time, or two.  Seen red with the first one's share for all."""
     w, order = weight(name, EXPERTS, 24), experts.FORMATS[name].order
     x = rows(ROWS, used)
     ids = jnp.asarray(np.random.default_rng(0).integers(EXPERTS, size=(ROWS, used)))

@@ -98,8 +98,8 @@ def judge(
     ends = fails | (cycles == gate.window)
     failures = jnp.where(ends & ~fails, 0, state.failures + fails)
     most = (gate.longest // gate.rest).bit_length() // 2 + 1
-    rest = gate.rest << 2 * jnp.clip(failures - 1, 0, most)
-    rest = jnp.minimum(rest, gate.longest)
+    quadrupled = gate.rest << 2 * jnp.clip(failures - 1, 0, most)
+    rest = jnp.minimum(quadrupled, gate.longest)
     return GateState(
         cycles=jnp.where(ends, 0, cycles),
         accepted=jnp.where(ends, 0, total),

@@ -95,11 +95,13 @@ class MoE(nnx.Module):
         few = chosen.size < self.config.experts or is_watched()
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, chosen, share))
         if few:
-            return total + self._chosen(*rows).reshape(x.shape)
-        is_bfloat16 = self.config.dtype == "bfloat16"
-        served = is_bfloat16 and expert_tiles.serves(*self._stacks())
-        kernel = self._by_tiles if served else None
-        return total + of_prefill(self._all, *rows, cuda=kernel).reshape(x.shape)
+            found = self._chosen(*rows)
+        else:
+            is_bfloat16 = self.config.dtype == "bfloat16"
+            served = is_bfloat16 and expert_tiles.serves(*self._stacks())
+            kernel = self._by_tiles if served else None
+            found = of_prefill(self._all, *rows, cuda=kernel)
+        return total + found.reshape(x.shape)
 
     def _by_kernel(self, width, total, x, chosen, share):
         """Add each row's chosen experts, multiplied where they lie."""

@@ -97,7 +97,7 @@ FORMATS = {
 """The ggml types that are multiplied here."""
 
 
-@functools.partial(jax.jit, static_argnames=("width", "interpret", "tile"))
+@functools.partial(jax.jit, static_argnames=("width", "interpret"))
 def add_weighed(
     total: Float[Array, "R Out"],
     x: FixedPoint,
@@ -107,7 +107,6 @@ def add_weighed(
     width: int | None = None,
     *,
     interpret: bool = False,
-    tile: tuple[int, int] | None = None,
 ) -> Float[Array, "R Out"]:
     """Return `total` and the weighed products of each row's U vectors with its experts.
 
@@ -122,16 +121,14 @@ def add_weighed(
       width: for how many of the R rows to compute; the others' results are copies of
         the last of these.  All if not given.
       interpret: without a GPU.
-      tile: a program's warps and tiles; by the format and the width if not given.
     """
     format = FORMATS[w.format]
     assert x.order == format.order
     n = w.shape[1]
     rows, each = expert_ids.shape
     width = width or rows
-    warps, tiles = tile or (format.warps, format.tiles * min(width, 2))
-    height = divisor(n, warps)
-    tiles = divisor(n // height, tiles)
+    height = divisor(n, format.warps)
+    tiles = divisor(n // height, format.tiles * min(width, 2))
     operands = format.activations(x), format.planes(w)
     return pl.pallas_call(
         functools.partial(
@@ -144,7 +141,7 @@ def add_weighed(
         ),
         grid=(width, n // (height * tiles)),
         out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=warps),
+        compiler_params=plgpu.CompilerParams(num_warps=format.warps),
         interpret=interpret,
         name=f"{w.format.lower()}_{width * each}x{n}x{w.shape[-1]}",
     )(total, expert_ids, share, *operands[0], *operands[1])
