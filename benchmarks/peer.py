@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 from absl import app, flags
 
-from ds4jax import assets, gguf
+from ds4jax import assets, gguf, xla_flags
 from ds4jax.decode import driver
 from ds4jax.decode.carry import DecodeCarry
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
@@ -109,10 +110,13 @@ def arms(model: Model, peer: Transformers, prompt: list[int]) -> dict[str, Arm]:
     def ours(run, how):
         return functools.partial(timed, run, model, prompt, how)
 
+    limit = jnp.int32(_TOKENS.value)
     return {
         PEER: lambda: peer.decode(prompt, _TOKENS.value)[:2],
         "plain": ours(functools.partial(driver.run, decoding=GREEDY), GREEDY),
-        "one row": ours(functools.partial(decode_one_row, decoding=GREEDY), GREEDY),
+        "one row": ours(
+            functools.partial(decode_one_row, limit=limit, decoding=GREEDY), GREEDY
+        ),
         "continuous 1": ours(
             functools.partial(driver.run, decoding=CONTINUOUS), CONTINUOUS
         ),
@@ -154,6 +158,7 @@ def measure(ways: dict[str, Arm]) -> dict[str, list[float]]:
 def main(argv: Sequence[str]):
     """Write the table, and print it."""
     del argv
+    xla_flags.set_flags()
     threads = len(os.sched_getaffinity(0))  # what XLA takes for itself
     torch.set_num_threads(threads)
     config, trunk = gguf.load_trunk(assets.trunk())

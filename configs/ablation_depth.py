@@ -21,6 +21,7 @@ def get_config():
             "seeds": (0,),
             "temperature": 0.0,
             "tokens": 128,
+            "turn": 32,
             "rounds": 5,
             "repeats": 10,
         }

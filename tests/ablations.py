@@ -48,7 +48,8 @@ def run(arm: Arm, text: str = "copy", seed: int = 0, number: int = 1, **changes)
     )  # fmt: skip
     named |= {f"drafted_{i + 1}": cycles * (i < arm.depth) for i in range(4)}
     named |= {f"accepted_{i + 1}": count for i, count in enumerate(accepted)}
-    return Run(**named | changes)
+    named |= changes
+    return Run(turns=(named["seconds"],), **named)
 
 
 def runs() -> list[Run]:

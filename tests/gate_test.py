@@ -6,6 +6,7 @@ Numbers in docstrings are those of SPECULATION §7.
 import dataclasses
 
 import decoding
+import jax
 import jax.numpy as jnp
 import models
 import numpy as np
@@ -20,7 +21,7 @@ from ds4jax.decode.gate import Gate, GateState, judge, rest
 from ds4jax.decode.modes import Decoding, Mode
 from ds4jax.errors import ConfigError
 
-GATE = Gate(window=4, least=0.5, rest=8, longest=16)
+GATE = Gate(least=0.5, patience=1.5, rest=8, longest=16)
 PROMPT, TOKENS = 37, 100
 MODES = [Mode("continuous", 1), Mode("chained", 2)]
 
@@ -40,21 +41,17 @@ def plain(model, start):
     return run(model, start, budget=TOKENS)
 
 
-def schedule(outcomes, gate, cycles, depth):
+def schedule(outcomes, gate, cycles):
     """Return which cycles draft, by the rule's words, where drafts go as `outcomes`."""
-    drafts, window, failures, outcomes = [], [], 0, iter(outcomes)
+    drafts, credit, failures, outcomes = [], 0.0, 0, iter(outcomes)
     while len(drafts) < cycles:
         drafts.append(True)
-        window.append(next(outcomes))
-        left = gate.window - len(window)
-        if sum(window) + left * depth < gate.least * gate.window:
-            failures += 1
+        credit += next(outcomes) - gate.least
+        if credit >= gate.patience:
+            credit, failures = gate.patience, 0
+        if credit <= -gate.patience:
+            credit, failures = 0.0, failures + 1
             drafts += [False] * min(gate.rest * 4 ** (failures - 1), gate.longest)
-        elif left:
-            continue
-        else:
-            failures = 0
-        window = []
     return drafts[:cycles]
 
 
@@ -63,8 +60,8 @@ def schedule(outcomes, gate, cycles, depth):
     st.lists(st.integers(0, 4), min_size=100, max_size=100),
     st.builds(
         Gate,
-        window=st.integers(1, 5),
         least=st.sampled_from([0.0, 0.5, 1.0, 2.5, 5.0]),
+        patience=st.sampled_from([0.25, 0.5, 1.5, 4.0, 10.0]),
         rest=st.integers(1, 4),
         longest=st.integers(4, 40),
     ),
@@ -76,10 +73,10 @@ def test_the_schedule_is_the_rules(outcomes, gate):
     for _ in range(100):
         found.append(int(state.resting[0]) == 0)
         if found[-1]:
-            state = judge(state, gate, jnp.array([next(outcome)]), 4, active)
+            state = judge(state, gate, jnp.array([next(outcome)]), active)
         else:
             state = rest(state, active)
-    assert found == schedule(outcomes, gate, 100, 4)
+    assert found == schedule(outcomes, gate, 100)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -90,10 +87,10 @@ def test_wrong_drafts_make_it_rest(model, start, plain, mode):
     carry = run(model, start, how, told, budget=TOKENS)
     assert_same_as_plain(model, carry, plain)
     counts = carry.statistics.of()
-    # Three cycles, of two drafts four, then 8 plain ones; as many more, then 16, ...
+    # Three cycles, then 8 plain ones; three more, then 16, ...
     per_cycle = 1 if mode.kind == "continuous" else 2
     drafts, tokens = 0, 0
-    for drafting in schedule([0] * TOKENS, GATE, TOKENS, mode.depth):
+    for drafting in schedule([0] * TOKENS, GATE, TOKENS):
         drafts += drafting and tokens < TOKENS
         tokens += per_cycle if drafting else 1
     assert counts["drafted"] // mode.depth in (drafts, drafts - 1)
@@ -158,7 +155,7 @@ def test_a_sequence_drafts_along_while_another_does(model, start, plain):
 
 def test_a_request_starts_with_drafting(model, start):
     worn = dataclasses.replace(
-        start, gate=GateState(*(jnp.array([7]) for _ in range(4)))
+        start, gate=jax.tree.map(lambda field: field + 7, GateState.create(1))
     )
     fresh = carries.with_budget(worn, 5).gate
     models.assert_same(fresh, GateState.create(1))
@@ -167,8 +164,8 @@ def test_a_request_starts_with_drafting(model, start):
 @pytest.mark.parametrize(
     "setting, told",
     [
-        (dict(window=0), "gate.window: expected at least 1, found 0"),
         (dict(least=-0.1), "gate.least: expected at least 0, found -0.1"),
+        (dict(patience=0.0), "gate.patience: expected above 0, found 0.0"),
         (dict(rest=0), "gate.rest: expected at least 1, found 0"),
         (dict(longest=9), "gate.longest: expected at least rest=32, found 9"),
     ],

@@ -150,7 +150,7 @@ CHANGES: list[dict[str, Any]] = [
     {"fill": False},
     {"temperature": 0.5},
     {"gate": Gate()},
-    {"gate": Gate(window=8)},
+    {"gate": Gate(patience=2.5)},
     {"prefill_chunk": 8},
 ]
 

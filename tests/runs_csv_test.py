@@ -21,7 +21,11 @@ def write(path, runs):
 
 def test_rows_come_back_as_they_were(tmp_path):
     odd = dataclasses.replace(
-        RUNS[0], seconds=1 / 3, device='a "CPU", 2 cores', worst_gap=math.inf
+        RUNS[0],
+        seconds=1 / 3,
+        turns=(0.1, 7e-7 / 3),
+        device='a "CPU", 2 cores',
+        worst_gap=math.inf,
     )
     write(tmp_path / "runs.csv", [odd, *RUNS[1:]])
     assert read(tmp_path / "runs.csv") == [odd, *RUNS[1:]]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from ds4jax.experiments.timing import Cost, estimate
+from ds4jax.experiments.timing import Cost, estimate, slower
 
 
 def test_an_estimate_has_the_median_and_the_extremes():
@@ -44,6 +44,25 @@ def test_the_interval_is_the_standard_error_of_a_median():
 def test_no_values_are_refused():
     with pytest.raises(ValueError, match="expected at least one, found none"):
         estimate([])
+
+
+def test_a_program_is_slower_by_its_parts_medians():
+    """Disturbances of rounds count for no part.
+
+    Seen red with the median of the rounds' sums.
+    """
+    rival = np.full((5, 4), 1.0)
+    own = np.full((5, 2), 2.06)
+    for number in range(4):
+        rival[number, number] += 0.4
+    own[:3, 0] -= 0.01
+    own[3, 1] += 5.0
+    found = slower(own.tolist(), rival.tolist())
+    assert found.median == pytest.approx((2.05 + 2.06) / 4 - 1)
+    assert found.least <= found.low <= found.median <= found.high <= found.most
+    assert found.least == pytest.approx(4.11 / 4.4 - 1)
+    assert found.most == pytest.approx((2.06 + 7.06) / 4.4 - 1)
+    assert found.count == 5
 
 
 def test_depth_1_is_ds4s_formula():

@@ -60,7 +60,7 @@ def cycle(
     active, before = carry.active, carry.statistics.accepted
     carry = run(model, carry, eos, decoding, guess)
     accepted = (carry.statistics.accepted - before).sum(axis=1)
-    state = gates.judge(carry.gate, decoding.gate, accepted, decoding.depth, active)
+    state = gates.judge(carry.gate, decoding.gate, accepted, active)
     return dataclasses.replace(carry, gate=state)
 
 

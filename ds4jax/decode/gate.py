@@ -11,7 +11,7 @@ from typing import no_type_check
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.errors import expect
 
@@ -20,14 +20,18 @@ from ds4jax.errors import expect
 class Gate:
     """When to stop drafting; static.
 
+    A sum is kept, from 0, of what each speculative cycle accepts above or below
+    `least`.  At `-patience` drafting has not paid and rests; at `patience` it has, and
+    the sum stays there.  (Two-sided as Wald's sequential test, then one-sided as Page's
+    cumulative sum: Biometrika 41, 1954.)
+
     Attributes:
-      window: speculative cycles that are judged together; fewer, as soon as those left
-        cannot make up for what was not accepted.
-      least: drafts accepted per cycle, below which a window does not pay: with passes
-        of 1 and of W rows that take R1 and RW, and drafts that take D, speculation is
+      least: drafts accepted per cycle, below which speculation does not pay: with
+        passes of 1 and of W rows that take R1 and RW, and drafts that take D, it is
         faster above (RW + D) / R1 - 1, which is the device's and the model's, and is
         what `ds4jax ablate` reports as the break-even.
-      rest: plain cycles after a window that did not pay.  Each further one in a row
+      patience: drafts that may be missing.
+      rest: plain cycles after drafting that did not pay.  Each further time in a row
         takes four times as many: what tries in vain cost is then soon little, and a
         text of which only the start was hard has not rested long.
       longest: most plain cycles in a row.
@@ -36,15 +40,15 @@ class Gate:
       ConfigError: for a value that means nothing.
     """
 
-    window: int = 12
     least: float = 0.3
+    patience: float = 1.5
     rest: int = 32
     longest: int = 1024
 
     def __post_init__(self):
         for name, holds, expected in (
-            ("window", self.window >= 1, "at least 1"),
             ("least", 0 <= self.least, "at least 0"),
+            ("patience", self.patience > 0, "above 0"),
             ("rest", self.rest >= 1, "at least 1"),
             ("longest", self.longest >= self.rest, f"at least rest={self.rest}"),
         ):
@@ -54,31 +58,30 @@ class Gate:
 @struct.dataclass
 @no_type_check
 class GateState:
-    """Where each sequence is in its schedule, int32 [B].
+    """Where each sequence is in its schedule.
 
     Attributes:
-      cycles: speculative cycles of this window.
-      accepted: drafts that were accepted in it.
-      resting: plain cycles left to run; 0 while drafting.
-      failures: windows in a row that did not pay.
+      credit: float32 [B], drafts accepted above `least` of each cycle, or below.
+      resting: int32 [B], plain cycles left to run; 0 while drafting.
+      failures: int32 [B], times in a row that drafting did not pay.
     """
 
-    cycles: Int[Array, "B"]
-    accepted: Int[Array, "B"]
+    credit: Float[Array, "B"]
     resting: Int[Array, "B"]
     failures: Int[Array, "B"]
 
     @classmethod
     def create(cls, batch: int) -> GateState:
         """Return the state of `batch` sequences that draft."""
-        return cls(*(jnp.zeros(batch, jnp.int32) for _ in range(4)))
+        # Each with memory of its own, which a carry gives away.
+        kinds = jnp.float32, jnp.int32, jnp.int32
+        return cls(*(jnp.zeros(batch, kind) for kind in kinds))
 
 
 def judge(
     state: GateState,
     gate: Gate,
     accepted: Int[Array, "B"],
-    depth: int,
     active: Bool[Array, "B"],
 ) -> GateState:
     """Return the state after a speculative cycle.
@@ -87,22 +90,18 @@ def judge(
       state: before it.
       gate: the rule.
       accepted: drafts that were accepted in the cycle.
-      depth: the most that may be.
       active: which sequences took part; those that rest do not count.
     """
     counts = active & (state.resting == 0)
-    cycles = state.cycles + counts
-    total = state.accepted + jnp.where(counts, accepted, 0)
-    possible = total + depth * (gate.window - cycles)
-    fails = counts & (possible < gate.least * gate.window)
-    ends = fails | (cycles == gate.window)
-    failures = jnp.where(ends & ~fails, 0, state.failures + fails)
+    credit = jnp.minimum(state.credit + accepted - gate.least, gate.patience)
+    credit = jnp.where(counts, credit, state.credit)
+    fails = counts & (credit <= -gate.patience)
+    failures = jnp.where(credit == gate.patience, 0, state.failures + fails)
     most = (gate.longest // gate.rest).bit_length() // 2 + 1
     quadrupled = gate.rest << 2 * jnp.clip(failures - 1, 0, most)
     rest = jnp.minimum(quadrupled, gate.longest)
     return GateState(
-        cycles=jnp.where(ends, 0, cycles),
-        accepted=jnp.where(ends, 0, total),
+        credit=jnp.where(fails, 0.0, credit),
         resting=jnp.where(fails, rest, state.resting),
         failures=failures,
     )

@@ -131,7 +131,7 @@ class Bench:
         states = {
             arm: carries.with_budget(self._start(arm, passage), budget) for arm in arms
         }
-        seconds = dict.fromkeys(arms, 0.0)
+        turns: dict[Arm, list[float]] = {arm: [] for arm in arms}
 
         def committed(arm: Arm) -> int:
             return int(states[arm].length[0])
@@ -141,16 +141,17 @@ class Bench:
             state = jax.block_until_ready(states[arm])
             before = time.perf_counter()
             states[arm] = jax.block_until_ready(self._decode(arm, state))
-            seconds[arm] += time.perf_counter() - before
+            turns[arm].append(time.perf_counter() - before)
         return [
-            self._words(arm, passage, number, states[arm], seconds[arm]) for arm in arms
+            self._words(arm, passage, number, states[arm], turns[arm]) for arm in arms
         ]
 
     def _words(
         self, arm: Arm, passage: Passage, number: int, carry: DecodeCarry,
-        seconds: float,
+        turns: Sequence[float],
     ) -> dict[str, Any]:  # fmt: skip
-        """Return what a run says, which took `seconds` and left `carry`."""
+        """Return what a run says, whose turns took so long and left `carry`."""
+        seconds = sum(turns)
         target_ms, draft_ms = self._cycle_ms(arm, passage, self.settings.repeats)
         counts = carry.statistics.of()
         found = driver.committed(carry)
@@ -164,7 +165,7 @@ class Bench:
         return dict(
             arm=arm.name, text=passage[0], seed=passage[1], round=number,
             **dataclasses.asdict(arm),
-            tokens=counts["committed"], seconds=seconds,
+            tokens=counts["committed"], seconds=seconds, turns=tuple(turns),
             tokens_per_second=counts["committed"] / seconds,
             passes=counts["passes"],
             shared_reads_per_token=counts["passes"] / counts["committed"],

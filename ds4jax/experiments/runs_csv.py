@@ -30,6 +30,8 @@ class Run:
       mode, depth, verifier, pairing, fill, gate: of the arm.
       tokens: committed.
       seconds: that took, compilation and prefill left out.
+      turns: of these, what each turn of the run took.  A turn does the same work in
+        every round.
       tokens_per_second: their ratio.
       passes: of the target.
       shared_reads_per_token: passes per token.
@@ -59,6 +61,7 @@ class Run:
     gate: bool
     tokens: int
     seconds: float
+    turns: tuple[float, ...]
     tokens_per_second: float
     passes: int
     shared_reads_per_token: float
@@ -113,6 +116,7 @@ _TYPES = {
     "float": float,
     "str": str,
     "bool": {"True": True, "False": False}.__getitem__,
+    "tuple[float, ...]": lambda cell: tuple(map(float, cell.split())),
 }
 _READ = {field.name: _TYPES[str(field.type)] for field in dataclasses.fields(Run)}
 SAME = ("config", "model", "device", "devices", "jax", "driver", "python", "commit")
@@ -174,7 +178,7 @@ def appending(path: Path) -> Iterator[Any]:
             _cut(path)
             if not path.stat().st_size:
                 _write(file, COLUMNS)
-            yield lambda run: _write(file, dataclasses.astuple(run))
+            yield lambda run: _write(file, [_cell(x) for x in dataclasses.astuple(run)])
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -183,6 +187,10 @@ def _cut(path: Path):
     """Cut off a part of a row at a file's end."""
     content = path.read_bytes()
     os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _write(file: io.BufferedWriter, cells: Sequence[Any]):

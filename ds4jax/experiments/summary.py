@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ds4jax.experiments.arms import ONE_ROW, PLAIN, REFERENCES
 from ds4jax.experiments.runs_csv import Run
-from ds4jax.experiments.timing import Cost, Estimate, estimate
+from ds4jax.experiments.timing import Cost, Estimate, estimate, slower
 
 GATE_TOLERANCE = 0.02
 """How much slower than the better of plain and ungated the gate may make an arm."""
@@ -172,7 +172,8 @@ class GateCheck:
       text: on which text.
       better: the faster of the same arm without the gate, and plain decoding in the
         exact class, which is what the gate turns to.
-      slower: how much slower than it, as a share, run by run; below 0 if faster.
+      slower: how much slower than it, as a share, by the turns' medians; below 0 if
+        faster.
       by_counters: the same, had each cycle taken what its passes take alone.  It knows
         nothing of what else a cycle takes, and nothing of a machine that others use.
       slower_than_one_row: the same, against plain decoding by passes of one row.
@@ -187,7 +188,7 @@ class GateCheck:
 
     @property
     def holds(self) -> bool:
-        """Say whether the median is within GATE_TOLERANCE."""
+        """Say whether `slower` is within GATE_TOLERANCE."""
         return self.slower.median <= GATE_TOLERANCE
 
 
@@ -222,7 +223,15 @@ def _median_seconds(runs: Sequence[Run]) -> float:
 
 def _slower(own: Sequence[Run], rival: Sequence[Run]) -> Estimate:
     """Return how much slower an arm is than another, as a share."""
-    return estimate([1 / ratio - 1 for ratio in paired(rival, own)])
+    return slower(_turns(own), _turns(rival))
+
+
+def _turns(runs: Sequence[Run]) -> list[list[float]]:
+    """Return the seconds by round and turn, those of all seeds."""
+    rounds: dict[int, list[float]] = {}
+    for run in sorted(runs, key=lambda run: (run.round, run.seed)):
+        rounds.setdefault(run.round, []).extend(run.turns)
+    return list(rounds.values())
 
 
 def _slower_by_counters(

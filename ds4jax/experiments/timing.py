@@ -20,7 +20,7 @@ class Estimate:
     """What repeated measurements say of one number.
 
     Attributes:
-      median: of all.
+      median: of all, or what is made of medians.
       low, high: ends of the bootstrap 95 % interval of the median.
       least, most: of all.
       count: how many measurements.
@@ -56,6 +56,45 @@ def estimate(values: Sequence[float]) -> Estimate:
         least=float(found.min()),
         most=float(found.max()),
         count=len(found),
+    )
+
+
+def slower(
+    own: Sequence[Sequence[float]], rival: Sequence[Sequence[float]]
+) -> Estimate:
+    """Return how much slower one program is than another, as a share of its time.
+
+    Each part's median over the rounds is taken, and their sum: a part does the same
+    work in every round, so what disturbed one of them once, or a round for a while,
+    does not count, as it would in the sum of a round.
+
+    Args:
+      own: seconds by round and part of the program.
+      rival: the same of the other, of the same rounds; their parts may be others.
+
+    Returns:
+      That estimate, with its interval from rounds drawn again, the same of both; its
+      least and most are of single rounds.
+    """
+    mine, theirs = np.asarray(own, np.float64), np.asarray(rival, np.float64)
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(len(mine), (RESAMPLES, len(mine)))
+
+    def total(parts, rounds):
+        return np.median(parts[rounds], axis=-2).sum(axis=-1)
+
+    def excess(rounds):
+        return total(mine, rounds) / total(theirs, rounds) - 1
+
+    low, high = np.percentile(excess(drawn), (2.5, 97.5))
+    single = excess(np.arange(len(mine))[:, None])
+    return Estimate(
+        median=float(excess(np.arange(len(mine)))),
+        low=float(low),
+        high=float(high),
+        least=float(single.min()),
+        most=float(single.max()),
+        count=len(mine),
     )
 
 
