@@ -1,0 +1,25 @@
+"""The kernels' benchmark can be traced, which without a GPU nobody else would notice.
+
+A part of the model that a case calls may have got another name or other arguments.
+"""
+
+import functools
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+PARTS = "kernel_products", "kernel_parts", "kernel_prefill"
+CASES = [case for name in PARTS for case in importlib.import_module(name).CASES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.kernel}: {case.what}")
+def test_a_case_has_a_kernel_and_what_it_replaces(case):
+    """Seen red with an expert block whose sum got another name."""
+    shapes = jax.eval_shape(case.draw)
+    jax.eval_shape(case.xla, *shapes)
+    for width in case.widths:
+        jax.eval_shape(functools.partial(case.run, width), *shapes)
