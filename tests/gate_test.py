@@ -67,7 +67,7 @@ def schedule(outcomes, gate, cycles):
     ),
 )
 def test_the_schedule_is_the_rules(outcomes, gate):
-    """Property 34, of any acceptance.  Seen red with `<=` in place of `<`."""
+    """Property 34, of any acceptance.  Seen red with `<` in place of `<=`."""
     state, outcome, found = GateState.create(1), iter(outcomes), []
     active = jnp.array([True])
     for _ in range(100):
