@@ -149,7 +149,7 @@ def test_a_state_that_was_not_read_has_the_places_of_one_that_was(model, length)
         name = jax.tree_util.keystr(path)
         twin = dict(jax.tree.leaves_with_path(made))[path]
         assert (leaf.shape, leaf.dtype) == (twin.shape, twin.dtype), name
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and name != ".gate.credit":
             assert 0.9 < float(twin.std()) < 1.1, name
         elif name != ".tokens" and not name.startswith(".mtp_cache.length"):
             np.testing.assert_array_equal(twin, leaf, name)
