@@ -7,7 +7,7 @@ Tibshirani, An Introduction to the Bootstrap, chapter 13).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -46,17 +46,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if not len(values):
         raise ValueError("values: expected at least one, found none")
     found = np.asarray(values, np.float64)
-    rng = np.random.default_rng(0)
-    resampled = rng.choice(found, (RESAMPLES, len(found)))
-    low, high = np.percentile(np.median(resampled, axis=1), (2.5, 97.5))
-    return Estimate(
-        median=float(np.median(found)),
-        low=float(low),
-        high=float(high),
-        least=float(found.min()),
-        most=float(found.max()),
-        count=len(found),
-    )
+    return _bootstrap(lambda rounds: np.median(found[rounds], axis=-1), len(found))
 
 
 def slower(
@@ -77,24 +67,33 @@ def slower(
       least and most are of single rounds.
     """
     mine, theirs = np.asarray(own, np.float64), np.asarray(rival, np.float64)
-    rng = np.random.default_rng(0)
-    drawn = rng.choice(len(mine), (RESAMPLES, len(mine)))
 
     def total(parts, rounds):
         return np.median(parts[rounds], axis=-2).sum(axis=-1)
 
-    def excess(rounds):
-        return total(mine, rounds) / total(theirs, rounds) - 1
+    return _bootstrap(
+        lambda rounds: total(mine, rounds) / total(theirs, rounds) - 1, len(mine)
+    )
 
-    low, high = np.percentile(excess(drawn), (2.5, 97.5))
-    single = excess(np.arange(len(mine))[:, None])
+
+def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> Estimate:
+    """Return a statistic of `count` rounds, with its interval and its extremes.
+
+    Args:
+      statistic: given the numbers of rounds, [..., N], returns what they say, [...].
+      count: how many rounds there are.
+    """
+    rounds = np.arange(count)
+    drawn = np.random.default_rng(0).choice(count, (RESAMPLES, count))
+    low, high = np.percentile(statistic(drawn), (2.5, 97.5))
+    single = statistic(rounds[:, None])
     return Estimate(
-        median=float(excess(np.arange(len(mine)))),
+        median=float(statistic(rounds)),
         low=float(low),
         high=float(high),
         least=float(single.min()),
         most=float(single.max()),
-        count=len(mine),
+        count=count,
     )
 
 
