@@ -22,6 +22,7 @@ from ds4jax.decode.modes import Decoding, Mode
 from ds4jax.errors import ConfigError
 
 GATE = Gate(least=0.5, patience=1.5, rest=8, longest=16)
+SLEEPY = dataclasses.replace(GATE, warm_up=3)
 PROMPT, TOKENS = 37, 100
 MODES = [Mode("continuous", 1), Mode("chained", 2)]
 
@@ -39,6 +40,17 @@ def start(model):
 @pytest.fixture(scope="module")
 def plain(model, start):
     return run(model, start, budget=TOKENS)
+
+
+def drafts_on(carry) -> list[bool]:
+    """Return which sequences have an anchor."""
+    assert carry.anchor is not None
+    return carry.anchor.valid.tolist()
+
+
+def head_rows(carry):
+    assert carry.mtp_cache is not None
+    return carry.mtp_cache.layers
 
 
 def schedule(outcomes, gate, cycles):
@@ -122,9 +134,10 @@ def test_it_drafts_again_when_drafts_become_right(model, start, plain):
     assert int(carry.gate.failures[0]) == 0
 
 
-def test_cycles_in_pieces_keep_the_schedule(model, start, plain):
+@pytest.mark.parametrize("gate", [GATE, SLEEPY], ids=["awake", "sleepy"])
+def test_cycles_in_pieces_keep_the_schedule(model, start, plain, gate):
     """One cycle a call, as a stream may run; seen red with a state in each call."""
-    how = Decoding(mode=Mode("continuous", 1), gate=GATE)
+    how = Decoding(mode=Mode("continuous", 1), gate=gate)
     counts = [1, 2, 1, 1, 2] * TOKENS
     told = script(driver.committed(plain), misses(PROMPT, counts))
     whole = run(model, start, how, told, budget=40)
@@ -133,20 +146,57 @@ def test_cycles_in_pieces_keep_the_schedule(model, start, plain):
         carry = run(model, carry, how, told, limit=1)
     models.assert_same(carry.statistics, whole.statistics)
     models.assert_same(carry.gate, whole.gate)
+    models.assert_same(head_rows(carry), head_rows(whole))
     assert 0 < whole.statistics.of()["drafted"] < whole.statistics.of()["passes"] - 1
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_long_rest_leaves_the_head_until_it_warms_up(model, start, plain, mode):
+    """All but the head's rows of the sleep is plain's, and no cycle after it is cold.
+
+    Seen red with a sleep that keeps the anchor, and with one that lasts to the end.
+    """
+    how, tokens = Decoding(mode=mode, gate=SLEEPY), driver.committed(plain)
+    told = script(tokens, range(PROMPT, PROMPT + TOKENS + 9))
+
+    def after(cycles):
+        return run(model, start, how, told, budget=TOKENS, limit=cycles)
+
+    tired = after(3)
+    slept = after(3 + SLEEPY.rest - SLEEPY.warm_up)
+    assert drafts_on(tired) == [True] and drafts_on(slept) == [False]
+    models.assert_same(head_rows(slept)[0].raw, head_rows(tired)[0].raw)
+
+    woken = after(3 + SLEEPY.rest)
+    found = decoding.visible(model, woken)
+    wanted = decoding.visible(
+        model, decoding.ahead(model, start, int(woken.length[0]) - PROMPT)
+    )
+    (rows, tags), (all_rows, all_tags) = found.pop("head"), wanted.pop("head")
+    models.assert_same(found, wanted)
+    # Row i needs the token after i, which the newest row before the sleep never saw.
+    lost = (all_tags >= tired.length[0] - 1) & (all_tags < slept.length[0])
+    assert lost.any()
+    np.testing.assert_array_equal(tags, np.where(lost, -1, all_tags))
+    np.testing.assert_array_equal(rows, np.where(lost[..., None], np.nan, all_rows))
+
+    done = after(decoding.ENDLESS)
+    assert driver.committed(done) == tokens
+    assert done.statistics.of()["boots"] == 0
+
+
 def test_a_sequence_drafts_along_while_another_does(model, start, plain):
-    """Its own counters stand still meanwhile, and its text is plain's."""
+    """Its own counters stand still meanwhile, its text is plain's, its anchor there."""
     tokens = driver.committed(plain)
     scripts = [script(tokens), script(tokens, range(PROMPT, PROMPT + TOKENS))]
     told = decoding.joined(scripts)
-    how = Decoding(mode=Mode("continuous", 1), gate=GATE)
+    how = Decoding(mode=Mode("continuous", 1), gate=SLEEPY)
     both = carries.with_budget(carries.concatenate([start, start]), TOKENS)
     both = run(model, both, how, told, limit=20)
     drafted = np.asarray(both.statistics.drafted).sum(axis=1)
     np.testing.assert_array_equal(drafted, [20, 20])
-    np.testing.assert_array_equal(both.gate.resting, [0, GATE.rest])
+    np.testing.assert_array_equal(both.gate.resting, [0, SLEEPY.rest])
+    assert drafts_on(both) == [True, True]
     done = run(model, both, how, told)
     for i in range(2):
         assert driver.committed(done, i) == tokens
@@ -168,6 +218,7 @@ def test_a_request_starts_with_drafting(model, start):
         (dict(patience=0.0), "gate.patience: expected above 0, found 0.0"),
         (dict(rest=0), "gate.rest: expected at least 1, found 0"),
         (dict(longest=9), "gate.longest: expected at least rest=32, found 9"),
+        (dict(warm_up=0), "gate.warm_up: expected at least 1, found 0"),
     ],
 )
 def test_mistakes_are_told(setting, told):

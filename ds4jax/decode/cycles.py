@@ -75,7 +75,8 @@ def cycles(
     """Run cycles on the device until nothing is active, or `limit` of them.
 
     A sequence that the gate gives a rest goes on drafting as long as another one does:
-    its rows in their passes cost nothing.
+    its rows in their passes cost nothing.  Where all rest for long, they decode as
+    without a head until it has to warm up, see `gate.Gate`.
     """
 
     def loop(body, condition=lambda carry: True):
@@ -88,15 +89,28 @@ def cycles(
     def one(run):
         return lambda state: (run(model, state[0], eos, decoding), state[1] + 1)
 
-    state = (carry, jnp.int32(0))
+    state, gate = (carry, jnp.int32(0)), decoding.gate
     run = functools.partial(cycle, drafter=drafter)
-    if decoding.gate is None or not decoding.depth:
+    if gate is None or not decoding.depth:
         return loop(one(run))(state)[0]
-    drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
     # Loops rather than branches of a cycle, which would copy the caches.
+    drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
+    sleeps = lambda carry: jnp.all(~carry.active | gates.sleeps(carry.gate, gate))  # noqa: E731
     drafting = loop(one(run), drafts)
-    resting = loop(one(_resting), lambda carry: ~drafts(carry))
-    return loop(lambda state: resting(drafting(state)))(state)[0]
+    asleep = loop(one(_resting), sleeps)
+    resting = loop(one(_resting), lambda carry: ~drafts(carry) & ~sleeps(carry))
+
+    def sleeping(state):
+        carry, done = state
+        # The head's state stays behind, so that no cycle has anything to do for it.
+        awake, slept = asleep(
+            (dataclasses.replace(carry, mtp_cache=None, anchor=None), done)
+        )
+        head = drop_anchor(carry, carry.active & (slept > done))
+        awake = dataclasses.replace(awake, mtp_cache=head.mtp_cache, anchor=head.anchor)
+        return awake, slept
+
+    return loop(lambda state: resting(sleeping(drafting(state))))(state)[0]
 
 
 def _resting(model, carry, eos, decoding) -> DecodeCarry:

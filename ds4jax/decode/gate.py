@@ -35,6 +35,9 @@ class Gate:
         takes four times as many: what tries in vain cost is then soon little, and a
         text of which only the start was hard has not rested long.
       longest: most plain cycles in a row.
+      warm_up: the last of them, in which the head's cache is filled again, so that the
+        next draft sees these rows.  Of those before there are none, and the anchor is
+        not valid: to have them costs a few percent of a pass, of which a rest is long.
 
     Raises:
       ConfigError: for a value that means nothing.
@@ -44,6 +47,7 @@ class Gate:
     patience: float = 1.5
     rest: int = 32
     longest: int = 1024
+    warm_up: int = 32
 
     def __post_init__(self):
         for name, holds, expected in (
@@ -51,6 +55,7 @@ class Gate:
             ("patience", self.patience > 0, "above 0"),
             ("rest", self.rest >= 1, "at least 1"),
             ("longest", self.longest >= self.rest, f"at least rest={self.rest}"),
+            ("warm_up", self.warm_up >= 1, "at least 1"),
         ):
             expect(f"gate.{name}", holds, expected, getattr(self, name))
 
@@ -111,3 +116,8 @@ def rest(state: GateState, active: Bool[Array, "B"]) -> GateState:
     """Return the state after a plain cycle."""
     left = jnp.maximum(state.resting - active, 0)
     return dataclasses.replace(state, resting=left)
+
+
+def sleeps(state: GateState, gate: Gate) -> Bool[Array, "B"]:
+    """Say which sequences rest for longer than their heads take to warm up."""
+    return state.resting > gate.warm_up

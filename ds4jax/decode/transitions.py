@@ -3,7 +3,7 @@
 Source: antirez/ds4#371 and the functions of ds4 it builds on (SPECULATION §2, §3). The
 differences: taking tokens back is arithmetic on a length, the head is paired as it was
 trained, its rows are filled for the prompt, and they are written again from true trunk
-streams for every committed token.
+streams for every committed token (but those of a gate's long rest, see `gate.Gate`).
 
 For a committed token the head's cache needs its streams *and* the token after it.  The
 streams therefore wait in the anchor until that is known; a pass of the head then writes
