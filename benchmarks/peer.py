@@ -34,8 +34,8 @@ from absl import app, flags
 
 from ds4jax import assets, gguf, xla_flags
 from ds4jax.decode import driver
-from ds4jax.decode.carry import DecodeCarry
-from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
+from ds4jax.decode.carry import MAX_DEPTH, DecodeCarry
+from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Mode
 from ds4jax.experiments import environment
 from ds4jax.experiments.arm_runs import decode_one_row
 from ds4jax.files import write_table
@@ -50,6 +50,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "Rounds, the first dropped.", lower_
 _PROMPT = flags.DEFINE_enum("prompt", "prose", list(assets.PROMPTS), "Which prompt.")
 
 PEER = "transformers"
+DEEPEST = Decoding(mode=Mode("continuous", MAX_DEPTH))
 Arm = Callable[[], tuple[float, list[int]]]
 """Decodes once; returns the seconds it took, and the tokens."""
 
@@ -119,6 +120,9 @@ def arms(model: Model, peer: Transformers, prompt: list[int]) -> dict[str, Arm]:
         ),
         "continuous 1": ours(
             functools.partial(driver.run, decoding=CONTINUOUS), CONTINUOUS
+        ),
+        f"continuous {MAX_DEPTH}": ours(
+            functools.partial(driver.run, decoding=DEEPEST), DEEPEST
         ),
     }
 

@@ -190,6 +190,7 @@ def test_fields_of_the_config_are_flags(ablate, words, tmp_path):
         (["--config=odd.py"], "--config.colour: expected a field of: modes depths"),
         (["--config=hot.py"], "--config.temperature: expected 0, or a finite number"),
         (["--config=eager.py"], "--config.gate_least: expected at least 0, found -1.0"),
+        (["--config=many.py"], "--config.gate_least: expected one, or one for each of"),
         (["--out=/dev/null/x"], "--out=/dev/null/x: Not a directory"),
         (["--gguf=none.gguf"], "none.gguf"),
     ],
@@ -202,6 +203,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
         "odd": "dict(colour=1)",
         "hot": "dict(temperature=-1.)",
         "eager": "dict(gate_least=-1.)",
+        "many": "dict(gate_least=(0.3, 0.6))",
     }
     for name, value in configs.items():
         (tmp_path / f"{name}.py").write_text(

@@ -20,7 +20,7 @@ def test_the_same_tokens_at_some_speed(tmp_path):
     subprocess.run([sys.executable, SCRIPT, *words], check=True, timeout=1200)
     with out.open(newline="") as lines:
         table = list(csv.DictReader(lines))
-    ways = ["transformers", "plain", "one row", "continuous 1"]
+    ways = ["transformers", "plain", "one row", "continuous 1", "continuous 4"]
     assert [row["way"] for row in table] == ways
     for row in table:
         assert row["parts_at"] == "" and float(row["tokens_per_second"]) > 0

@@ -125,3 +125,16 @@ def test_words_of_a_config_may_be_joined():
     settings = Settings.of(config)
     assert settings.texts == ("copy", "prose") and settings.modes == ("chained",)
     assert Settings.of({}) == Settings()
+
+
+def test_each_pairing_has_a_least_of_its_own_or_all_the_same():
+    def found(*least):
+        settings = Settings(pairings=("trained", "ds4"), gate_least=least)
+        for pairing in settings.pairings:
+            arm = Arm("continuous", 1, pairing=pairing, gate=True)
+            gate = arm.decoding(settings).gate
+            assert gate is not None
+            yield gate.least
+
+    assert list(found(0.6, 0.75)) == [0.6, 0.75]
+    assert list(found(0.6)) == [0.6, 0.6]

@@ -27,7 +27,8 @@ class Settings:
       pairings: of the MTP head, `trained`, `ds4`.
       fills: whether the head's cache is filled.
       gates: whether the gate may stop drafting.
-      gate_least: drafts accepted per cycle below which it does, see `gate.Gate`.
+      gate_least: drafts accepted per cycle below which it does, see `gate.Gate`: one
+        for each of `pairings`, since with ds4's a draft takes longer, or one for all.
       cross: measure every combination of the axes.  Otherwise the first value of each
         axis stands for it, at every mode and depth, and each further value is tried
         alone, at the first mode and the first depth that drafts.
@@ -53,7 +54,7 @@ class Settings:
     pairings: tuple[str, ...] = ("trained",)
     fills: tuple[bool, ...] = (True,)
     gates: tuple[bool, ...] = (False,)
-    gate_least: float = Gate.least
+    gate_least: tuple[float, ...] = (Gate.least,)
     cross: bool = False
     texts: tuple[str, ...] = assets.PROMPTS
     seeds: tuple[int, ...] = (0,)
@@ -90,12 +91,21 @@ class Settings:
             found = getattr(self, name)
             expect(f"config.{name}", type(found) is int and found >= 1, "at least 1",
                    found)  # fmt: skip
-        least = self.gate_least
-        expect("config.gate_least", least >= 0, "at least 0", least)
+        leasts = self.gate_least
+        for least in leasts:
+            holds = type(least) in (int, float) and least >= 0
+            expect("config.gate_least", holds, "at least 0", least)
+        expect("config.gate_least", len(leasts) in (1, len(self.pairings)),
+               "one, or one for each of pairings", leasts)  # fmt: skip
         try:
             Decoding(mode=Mode("plain", 0), temperature=self.temperature)
         except ConfigError as error:
             raise ConfigError(f"config.{error}") from None
+
+    def least(self, pairing: str) -> float:
+        """Return the `gate_least` of one of `pairings`."""
+        one_for_all = len(self.gate_least) == 1
+        return self.gate_least[0 if one_for_all else self.pairings.index(pairing)]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Settings:
@@ -168,7 +178,7 @@ class Arm:
             return Decoding(mode=Mode("plain", 0), **named)
         kind: Any = self.mode
         verifier: Any = self.verifier
-        gate = Gate(least=settings.gate_least) if self.gate else None
+        gate = Gate(least=settings.least(self.pairing)) if self.gate else None
         return Decoding(mode=Mode(kind, self.depth, verifier), gate=gate, **named)
 
 
