@@ -1,12 +1,9 @@
 """How a GPU's time line is split among launches that run beside each other."""
 
 import importlib
-import sys
-from pathlib import Path
 
 from pytest import approx
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 device_time = importlib.import_module("device_time")
 shares = device_time.shares
 

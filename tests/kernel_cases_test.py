@@ -5,13 +5,10 @@ A part of the model that a case calls may have got another name or other argumen
 
 import functools
 import importlib
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 PARTS = "kernel_products", "kernel_parts", "kernel_prefill"
 CASES = [case for name in PARTS for case in importlib.import_module(name).CASES]
 

@@ -1,61 +1,32 @@
-"""Each part of a layer by itself, against a plain restatement in float64 or by hand.
+"""Parts of a layer, each by itself, against a restatement in float64 or by hand.
 
 The golden vectors check the parts together; here each claim is made where a mistake in
 it would show, on examples that the golden model does not have.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from parts import ULPS, close, normal, part, plain, same, sigmoid
 
-from ds4jax import schema
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import attend
 from ds4jax.model.cache import Rows, blank_invisible
 from ds4jax.model.compressor import Compressor
 from ds4jax.model.hyper import HyperConnection, HyperHead, Update, sinkhorn
 from ds4jax.model.indexer import Indexer
-from ds4jax.model.layers import RMSNorm, clamped_swiglu, rms, scope
-from ds4jax.model.moe import MoE
+from ds4jax.model.layers import RMSNorm, rms
 from ds4jax.model.rope import frequencies, rotate
-from ds4jax.pallas.passes import DecodePass, within
-
-ATOL = 1e-5
-"""Float32 against float64 over sums of at most 256 terms of size 1."""
-ULPS = 3e-7
-"""Relative: a few roundings of float32."""
 
 MOST_EPS_CAN_TAKE = 1e-4
 """Of a column's sum, which is divided by itself plus 1e-6 and was 0.01 or more."""
 
-close = functools.partial(np.testing.assert_allclose, rtol=0, atol=ATOL)
-same = np.testing.assert_array_equal
 FLASH = ModelConfig.flash()
 MICRO = models.micro_config()
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
-
-
-@functools.cache
-def layers(config: ModelConfig) -> dict[str, jax.Array]:
-    weights = models.lively_weights(schema.trunk(config), config, seed=0)
-    return {name: jnp.asarray(weight) for name, weight in weights.items()}
-
-
-def part(config: ModelConfig, prefix: str) -> dict[str, Any]:
-    """Return the weights of a layer or of something in it."""
-    return scope(layers(config), prefix)
-
-
-def plain(weights: dict[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.asarray(weight, np.float64) for name, weight in weights.items()}
 
 
 def whole(width: int) -> Rows:
@@ -156,10 +127,6 @@ HYPER = models.micro_config(hc_eps=0.01)
 """With an epsilon that shows."""
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
 def test_maps_of_a_hyper_connection():
     weights = part(HYPER, "blk.1.hc_attn_")
     streams = 3 * normal(5, 1, 3, 4, 64)
@@ -187,128 +154,6 @@ def test_the_head_has_neither_sinkhorn_nor_a_factor_of_two():
     maps = norm64(flat.reshape(1, 3, -1), HYPER.rms_eps) @ weights["fn.weight"].T
     maps = maps * weights["scale.weight"] + weights["base.weight"]
     close(found, np.einsum("btm,btmd->btd", sigmoid(maps) + HYPER.hc_eps, flat))
-
-
-ROUTER = models.micro_config(hidden=6)
-"""Of 6 experts and as many channels: an identity router takes a row as its logits."""
-
-
-def router(hashed: bool, bias: np.ndarray | None = None) -> MoE:
-    weights = part(ROUTER, "blk.0." if hashed else "blk.1.")
-    weights["ffn_gate_inp.weight"] = jnp.eye(6)
-    weights["exp_probs_b.bias"] = jnp.zeros(6) if bias is None else bias
-    return MoE(ROUTER, hashed, weights)
-
-
-def route(moe: MoE, logits, token: int = 0):
-    x = jnp.asarray(logits, jnp.float32).reshape(1, 1, 6)
-    chosen, share = moe.route(x, jnp.array([[token]]))
-    return chosen.reshape(-1).tolist(), np.asarray(share).reshape(-1)
-
-
-def prob(logits) -> np.ndarray:
-    return np.sqrt(np.log1p(np.exp(np.asarray(logits, np.float64))))
-
-
-def test_equal_experts_are_taken_from_the_lowest():
-    assert route(router(False), [1, 1, 1, 1, 1, 1])[0] == [0, 1]
-    assert route(router(False), [0, 2, 1, 2, 2, 0])[0] == [1, 3]
-    assert route(router(False), [0, 1, 1, 3, 1, 1])[0] == [3, 1]
-
-
-def test_the_bias_selects_and_does_not_weigh():
-    bias = np.array([0, 0, 5, 0, 9, 0], np.float32)
-    logits = [3, 2, -1, 0, -2, 1]
-    chosen, share = route(router(False, bias), logits)
-    assert chosen == [4, 2]
-    picked = prob(logits)[chosen]
-    close(share, ROUTER.routed_scale * picked / picked.sum())
-    assert share[0] < share[1]
-
-
-def test_a_hash_layer_takes_its_experts_from_the_token():
-    moe = router(True)
-    table = np.asarray(part(ROUTER, "blk.0.")["ffn_gate_tid2eid.weight"])
-    assert len({tuple(row) for row in table[:9]}) > 4
-    logits = np.array([3, 2, -1, 0, -2, 1])
-    for token in range(9):
-        chosen, share = route(moe, logits, token)
-        same(chosen, table[token])
-        picked = prob(logits)[chosen]
-        close(share, ROUTER.routed_scale * picked / picked.sum())
-
-
-def test_the_denominator_is_at_least_two_to_the_minus_14():
-    logits = [-40, -50, -60, -60, -60, -60]
-    chosen, share = route(router(False), logits)
-    picked = prob(logits)[chosen]
-    assert picked.sum() < 2.0**-14
-    np.testing.assert_allclose(share, 1.5 * picked * 2.0**14, rtol=1e-5)
-
-
-def test_only_the_gate_is_free_below():
-    gate = jnp.array([-20.0, -20.0, 3.0, 30.0, 30.0, 1.0])
-    up = jnp.array([1.0, 30.0, -30.0, 2.0, 30.0, -3.0])
-    silu = lambda x: x * sigmoid(np.asarray(x, np.float64))  # noqa: E731
-    expected = silu(np.array([-20, -20, 3, 10, 10, 1])) * [1, 10, -10, 2, 10, -3]
-    found = clamped_swiglu(gate, up, 10.0)
-    np.testing.assert_allclose(found, expected, rtol=ULPS)
-
-
-@pytest.mark.parametrize("experts, width", [(6, 8), (40, 8), (40, 33)])
-def test_experts_sum_whether_few_or_all_are_computed(experts, width):
-    """In decode passes of many experts only the chosen are read."""
-    config = models.micro_config(experts=experts)
-    w, x = part(config, "blk.1."), normal(6, 1, width, 64)
-    moe = MoE(config, False, w)
-    found, chosen = jax.jit(moe)(x, jnp.zeros((1, width), jnp.int32))
-    _, share = moe.route(x, jnp.zeros((1, width), jnp.int32))
-
-    def expert(row, gate, up, down):
-        g, u = np.minimum(gate @ row, 1.5), np.clip(up @ row, -1.5, 1.5)
-        return down @ (g * sigmoid(g) * u)
-
-    w, names = plain(w), ("ffn_gate", "ffn_up", "ffn_down")
-    for t, row in enumerate(np.asarray(x, np.float64)[0]):
-        expected = expert(row, *(w[f"{n}_shexp.weight"] for n in names))
-        for e, weight in zip(chosen[0, t], np.asarray(share)[0, t], strict=True):
-            expected += weight * expert(row, *(w[f"{n}_exps.weight"][e] for n in names))
-        close(found[0, t], expected)
-
-
-@pytest.mark.parametrize("experts", [6, 40])
-def test_an_experts_row_does_not_depend_on_its_neighbours(experts):
-    """The row contract of both ways, in passes of 8 rows; bit for bit."""
-    config = models.micro_config(experts=experts)
-    moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
-    run = jax.jit(lambda x: moe(x, jnp.zeros((1, 8), jnp.int32))[0][0])
-    expected = run(x)
-    for shift in range(1, 8):
-        same(run(jnp.roll(x, shift, axis=1)), jnp.roll(expected, shift, axis=0))
-        alone = run(jnp.where(jnp.arange(8)[:, None] == shift, x, 100 * x))
-        same(alone[shift], expected[shift])
-
-
-@pytest.mark.parametrize("experts", [6, 40])
-def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
-    """Row by row, the same bits for any number of rows; a copy gets its row's."""
-    config = models.micro_config(experts=experts)
-    moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
-    tokens = jnp.zeros((1, 8), jnp.int32)
-
-    @jax.jit
-    def run(x, own):
-        with within(DecodePass(8, own)):
-            return moe(x, tokens)[0][0]
-
-    expected = run(x, jnp.int32(8))
-    close(expected, moe(x, tokens)[0][0])
-    for own in range(1, 9):
-        beyond = jnp.arange(8)[:, None] >= own
-        spoilt = run(jnp.where(beyond, 100 * x, x), jnp.int32(own))
-        same(spoilt[:own], expected[:own])
-        copied = run(jnp.where(beyond, x[:, own - 1], x), jnp.int32(own))
-        same(copied[own:], jnp.repeat(expected[own - 1][None], 8 - own, 0))
 
 
 def compressed64(weights, x, ratio: int, width: int, config: ModelConfig):

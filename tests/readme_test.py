@@ -1,8 +1,7 @@
 """What README and the report show is what the runs kept in benchmarks/results say."""
 
 import csv
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 from pytest import approx
@@ -14,11 +13,7 @@ from ds4jax.experiments.tables import percents
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/tiny_model"
-sys.path.append(str(ROOT / "benchmarks"))
-SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks/figures.py")
-assert SPEC and SPEC.loader
-figures = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(figures)
+figures = importlib.import_module("figures")
 
 
 def test_readmes_tables_and_the_report_are_of_the_runs():
