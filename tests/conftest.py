@@ -13,7 +13,7 @@ xla_flags.set_flags()
 
 QUICK = ["--xla_backend_optimization_level=0"]
 """For XLA to compile in half the time, by optimising less."""
-if importlib.metadata.version("jaxlib") < "0.12":
+if importlib.metadata.version("jaxlib") < "0.11":
     # A newer one does not know the flag, nor needs it.
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 
