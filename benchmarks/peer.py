@@ -108,22 +108,17 @@ def timed(
 def arms(model: Model, peer: Transformers, prompt: list[int]) -> dict[str, Arm]:
     """Return the ways to be compared, the peer first."""
 
-    def ours(run, how):
+    def ours(how, run=driver.run):
+        run = functools.partial(run, decoding=how)
         return functools.partial(timed, run, model, prompt, how)
 
     limit = jnp.int32(_TOKENS.value)
     return {
         PEER: lambda: peer.decode(prompt, _TOKENS.value)[:2],
-        "plain": ours(functools.partial(driver.run, decoding=GREEDY), GREEDY),
-        "one row": ours(
-            functools.partial(decode_one_row, limit=limit, decoding=GREEDY), GREEDY
-        ),
-        "continuous 1": ours(
-            functools.partial(driver.run, decoding=CONTINUOUS), CONTINUOUS
-        ),
-        f"continuous {MAX_DEPTH}": ours(
-            functools.partial(driver.run, decoding=DEEPEST), DEEPEST
-        ),
+        "plain": ours(GREEDY),
+        "one row": ours(GREEDY, functools.partial(decode_one_row, limit=limit)),
+        "continuous 1": ours(CONTINUOUS),
+        f"continuous {MAX_DEPTH}": ours(DEEPEST),
     }
 
 

@@ -95,7 +95,7 @@ def cycles(
         return loop(one(run))(state)[0]
     # Loops rather than branches of a cycle, which would copy the caches.
     drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
-    sleeps = lambda carry: jnp.all(~carry.active | gates.sleeps(carry.gate, gate))  # noqa: E731
+    sleeps = lambda carry: jnp.all(~carry.active | (carry.gate.resting > gate.warm_up))  # noqa: E731
     drafting = loop(one(run), drafts)
     asleep = loop(one(_resting), sleeps)
     resting = loop(one(_resting), lambda carry: ~drafts(carry) & ~sleeps(carry))
@@ -103,12 +103,11 @@ def cycles(
     def sleeping(state):
         carry, done = state
         # The head's state stays behind, so that no cycle has anything to do for it.
-        awake, slept = asleep(
-            (dataclasses.replace(carry, mtp_cache=None, anchor=None), done)
-        )
+        trunk = dataclasses.replace(carry, mtp_cache=None, anchor=None)
+        trunk, slept = asleep((trunk, done))
         head = drop_anchor(carry, carry.active & (slept > done))
-        awake = dataclasses.replace(awake, mtp_cache=head.mtp_cache, anchor=head.anchor)
-        return awake, slept
+        both = dataclasses.replace(trunk, mtp_cache=head.mtp_cache, anchor=head.anchor)
+        return both, slept
 
     return loop(lambda state: resting(sleeping(drafting(state))))(state)[0]
 

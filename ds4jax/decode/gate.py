@@ -116,8 +116,3 @@ def rest(state: GateState, active: Bool[Array, "B"]) -> GateState:
     """Return the state after a plain cycle."""
     left = jnp.maximum(state.resting - active, 0)
     return dataclasses.replace(state, resting=left)
-
-
-def sleeps(state: GateState, gate: Gate) -> Bool[Array, "B"]:
-    """Say which sequences rest for longer than their heads take to warm up."""
-    return state.resting > gate.warm_up
