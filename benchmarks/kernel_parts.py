@@ -154,10 +154,10 @@ def streams_read() -> Case:
 
     def draw():
         m, d = CONFIG.hc_streams, CONFIG.hidden
-        sizes = [(m, d), (d,), (m,), (m, m)]
+        sizes = [(m, d), (d,), (d,), (m,), (m, m)]
         drawn = [normal(i, 1, DECODE_ROWS, *size) for i, size in enumerate(sizes)]
         own = weights(DENSE, "hc_attn_", "attn_norm")
-        return own, drawn[0], Update(*drawn[1:])
+        return own, drawn[0], Update(tuple(drawn[1:3]), *drawn[3:])
 
     def run(width, own, streams, update):
         norm = RMSNorm(own["attn_norm.weight"], CONFIG.rms_eps)

@@ -74,9 +74,7 @@ def experts(plan: str) -> Case:
         return own, x, chosen, share
 
     def run(own, x, chosen, share):
-        return MoE(CONFIG, False, padded(own))._add_routed(
-            jnp.zeros_like(x), x, chosen, share
-        )
+        return MoE(CONFIG, False, padded(own))._routed(x, chosen, share)
 
     def nbytes(width, own, x, chosen, share):
         return sum(w.nbytes for w in own.values()) + x.nbytes

@@ -6,7 +6,6 @@ and those of experts, six for each row and all different.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from kernel_case import DTYPE, Case, normal
 
 from ds4jax import synthetic
 from ds4jax.model.cache import DECODE_ROWS
-from ds4jax.model.layers import clamped_swiglu
 from ds4jax.pallas import experts, q8_0
 from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.matmul import (
@@ -25,6 +23,7 @@ from ds4jax.pallas.matmul import (
     quant_matmuls,
 )
 from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
 WIDTHS = (1, 2, 4)
@@ -32,7 +31,7 @@ HIDDEN, FFN, EXPERTS, USED = 4096, 2048, 64, 6
 COMPARED = 1024
 """Rows of a weight, of whose products the error is computed."""
 
-ACTIVATION = functools.partial(clamped_swiglu, limit=10.0)
+ACTIVATION = Swiglu(10.0)
 
 
 def random_weight(seed: int, format: str, shape: tuple[int, ...]) -> Any:
@@ -126,31 +125,29 @@ def gated(format: str, what: str, of_down: str) -> Case:
 
 
 def down(format: str, what: str) -> Case:
-    """Return the case of `experts.add_weighed`, as `gated`."""
+    """Return the case of `experts.weighed`, as `gated`."""
 
     def draw():
         ids = chosen()
         x = normal(0, *ids.shape, FFN, dtype=DTYPE)
-        share, total = normal(1, *ids.shape), normal(2, len(ids), HIDDEN)
-        return total, x, random_weight(1, format, (EXPERTS, HIDDEN, FFN)), ids, share
+        w = random_weight(1, format, (EXPERTS, HIDDEN, FFN))
+        return x, w, ids, normal(1, *ids.shape)
 
-    def run(width, total, x, w, ids, share):
+    def run(width, x, w, ids, share):
         x = fix(x.reshape(-1, FFN), DTYPE, experts.FORMATS[format].order)
-        return experts.add_weighed(total, x, w, ids, share, width)
+        return experts.weighed(x, w, ids, share, width)
 
-    def xla(total, x, w, ids, share):
-        return total + jnp.sum(share[..., None] * expert_matmul(x, w, ids, DTYPE), 1)
+    def xla(x, w, ids, share):
+        return jnp.sum(share[..., None] * expert_matmul(x, w, ids, DTYPE), 1)
 
-    def nbytes(width, total, x, w, ids, share):
-        rows = (array.nbytes // DECODE_ROWS * width for array in (total, x))
-        return sum(rows) + read([w], width, ids)
+    def nbytes(width, x, w, ids, share):
+        return x.nbytes // DECODE_ROWS * width + read([w], width, ids)
 
-    def exact(total, x, w, ids, share):
+    def exact(x, w, ids, share):
         part = jax.tree.map(lambda plane: plane[ids, :COMPARED], w)
         w = np.asarray(dequantize(part), np.float64)
         found = (w @ np.asarray(x, np.float64)[..., None])[..., 0]
-        weighed = np.asarray(share, np.float64)[..., None] * found
-        return np.asarray(total, np.float64)[:, :COMPARED] + weighed.sum(1)
+        return (np.asarray(share, np.float64)[..., None] * found).sum(1)
 
     return Case(
         "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",), exact=exact,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pallas_kernels_test import read
 
 from ds4jax import assets, gguf, synthetic
 from ds4jax.config import ModelConfig
@@ -18,6 +19,9 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
+from ds4jax.pallas import experts, iq2_gated
+from ds4jax.pallas.fixed_point import LIMBS, Order, fix
+from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -114,3 +118,34 @@ def test_the_cpu_agrees(packed):
     with jax.default_device(jax.devices("cpu")[0]):
         expected = by_widths(shipped(), tokens, [4] * 12)[0]
     assert np.max(abs(found - expected)) <= NEAR * np.max(abs(expected))
+
+
+@pytest.mark.parametrize("dtype", LIMBS)
+def test_gated_experts_in_ptx_and_by_triton(dtype, monkeypatch):
+    """The same but for the order of sums; in PTX, the same bits at every width."""
+    gate, up = (
+        synthetic.blocks(jax.random.key(i), "IQ2_XXS", (8, 2048, 4096)) for i in (1, 2)
+    )
+    activation, order = Swiglu(10.0), Order(levels=4)
+    if not iq2_gated.programs(gate, activation):
+        pytest.skip("this GPU has no such programs")
+    x = jax.random.normal(jax.random.key(0), (8, 4096))
+    ids = jax.random.randint(jax.random.key(3), (8, 6), 0, 8)
+
+    def run(width):
+        fixed = fix(x, dtype, experts.FORMATS["IQ2_XXS"].order)
+        return experts.gated(fixed, gate, up, ids, activation, dtype, order, width)
+
+    whole = run(8)
+    for width in (1, 2, 3, 4):
+        for part, expected in zip(
+            jax.tree.leaves(run(width)), jax.tree.leaves(whole), strict=True
+        ):
+            same(part[: 6 * width], expected[: 6 * width])
+    monkeypatch.setattr(iq2_gated, "programs", lambda *_: 0)
+    jax.clear_caches()
+    # Rounding to the type, next to which other sums are little.
+    near = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
+    for part, wanted in zip(read(whole), read(run(8)), strict=True):
+        largest = abs(wanted).max(-1, keepdims=True)
+        assert np.all(abs(part - wanted) <= near * largest)

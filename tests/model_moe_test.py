@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from parts import ULPS, close, normal, part, plain, same, sigmoid
 
-from ds4jax.model.layers import clamped_swiglu
 from ds4jax.model.moe import MoE
 from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.swiglu import Swiglu
 
 ROUTER = models.micro_config(hidden=6)
 """Of 6 experts and as many channels: an identity router takes a row as its logits."""
@@ -73,7 +73,7 @@ def test_only_the_gate_is_free_below():
     up = jnp.array([1.0, 30.0, -30.0, 2.0, 30.0, -3.0])
     silu = lambda x: x * sigmoid(np.asarray(x, np.float64))  # noqa: E731
     expected = silu(np.array([-20, -20, 3, 10, 10, 1])) * [1, 10, -10, 2, 10, -3]
-    found = clamped_swiglu(gate, up, 10.0)
+    found = Swiglu(10.0)(gate, up)
     np.testing.assert_allclose(found, expected, rtol=ULPS)
 
 
@@ -83,7 +83,8 @@ def test_experts_sum_whether_few_or_all_are_computed(experts, width):
     config = models.micro_config(experts=experts)
     w, x = part(config, "blk.1."), normal(6, 1, width, 64)
     moe = MoE(config, False, w)
-    found, chosen = jax.jit(moe)(x, jnp.zeros((1, width), jnp.int32))
+    (shared, routed), chosen = jax.jit(moe)(x, jnp.zeros((1, width), jnp.int32))
+    found = shared + routed
     _, share = moe.route(x, jnp.zeros((1, width), jnp.int32))
 
     def expert(row, gate, up, down):
@@ -98,12 +99,17 @@ def test_experts_sum_whether_few_or_all_are_computed(experts, width):
         close(found[0, t], expected)
 
 
+def output(moe, x):
+    (shared, routed), _ = moe(x, jnp.zeros(x.shape[:2], jnp.int32))
+    return (shared + routed)[0]
+
+
 @pytest.mark.parametrize("experts", [6, 40])
 def test_an_experts_row_does_not_depend_on_its_neighbours(experts):
     """The row contract of both ways, in passes of 8 rows; bit for bit."""
     config = models.micro_config(experts=experts)
     moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
-    run = jax.jit(lambda x: moe(x, jnp.zeros((1, 8), jnp.int32))[0][0])
+    run = jax.jit(lambda x: output(moe, x))
     expected = run(x)
     for shift in range(1, 8):
         same(run(jnp.roll(x, shift, axis=1)), jnp.roll(expected, shift, axis=0))
@@ -116,15 +122,14 @@ def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
     """Row by row, the same bits for any number of rows; a copy gets its row's."""
     config = models.micro_config(experts=experts)
     moe, x = MoE(config, False, part(config, "blk.1.")), normal(7, 1, 8, 64)
-    tokens = jnp.zeros((1, 8), jnp.int32)
 
     @jax.jit
     def run(x, own):
         with within(DecodePass(8, own)):
-            return moe(x, tokens)[0][0]
+            return output(moe, x)
 
     expected = run(x, jnp.int32(8))
-    close(expected, moe(x, tokens)[0][0])
+    close(expected, output(moe, x))
     for own in range(1, 9):
         beyond = jnp.arange(8)[:, None] >= own
         spoilt = run(jnp.where(beyond, 100 * x, x), jnp.int32(own))

@@ -118,8 +118,9 @@ def test_sinkhorn_normalises_rows_once_less_than_columns(iterations, eps):
 def test_merge_sums_over_the_first_index_of_mix():
     streams = jnp.array([10.0, 1.0]).reshape(1, 1, 2, 1)
     mix = jnp.array([[1.0, 2.0], [3.0, 4.0]]).reshape(1, 1, 2, 2)
-    output, post = jnp.full((1, 1, 1), 100.0), jnp.array([[[1.0, 2.0]]])
-    found = Update(output, post, mix).merged(streams)
+    parts = tuple(jnp.full((1, 1, 1), part) for part in (70.0, 30.0))
+    post = jnp.array([[[1.0, 2.0]]])
+    found = Update(parts, post, mix).merged(streams)
     same(found.reshape(2), [100 * 1 + 10 * 1 + 1 * 3, 100 * 2 + 10 * 2 + 1 * 4])
 
 

@@ -12,21 +12,24 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 
 from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
-from ds4jax.model.layers import RMSNorm, clamped_swiglu
+from ds4jax.model.layers import RMSNorm
 from ds4jax.pallas import experts, hyper_connection, router
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
 from ds4jax.pallas.matmul import (
+    Experts,
     expert_matmul,
-    experts_by_kernel,
     has_expert_kernels,
+    moe_by_kernel,
+    shared_expert_kernel,
 )
+from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
 ROWS = 8
 WIDTHS = (1, 2, 3, 4, 7)
 WORST = {"float32": 2.0**-19, "bfloat16": 2.0**-13}
 """Of the sum of magnitudes: twice what the last limb of `fix` may round away."""
-LIMIT = 0.5
+swiglu = Swiglu(0.5)
 ORDERS = Order(), Order(levels=2), Order(levels=4), Order(by_word=True)
 PLAIN = {"F16": jnp.float16, "F32": jnp.float32}
 DTYPES = pytest.mark.parametrize("dtype", LIMBS)
@@ -49,10 +52,6 @@ def assert_copies(found, expected, width: int):
     """The first rows have the bits of all rows' product, the others are copies."""
     same(found[:width], expected[:width])
     same(found[width:], np.repeat(expected[width - 1][None], ROWS - width, 0))
-
-
-def swiglu(gate, up):
-    return clamped_swiglu(gate, up, LIMIT)
 
 
 def read(x: FixedPoint) -> tuple[np.ndarray, np.ndarray]:
@@ -106,17 +105,17 @@ def test_experts_are_weighed_and_added(name, used, dtype):
     w, order = weight(name, EXPERTS, 24), experts.FORMATS[name].order
     x = rows(ROWS, used)
     ids = jnp.asarray(np.random.default_rng(0).integers(EXPERTS, size=(ROWS, used)))
-    total, share = normal(1, ROWS, 24), normal(2, ROWS, used)
+    share = normal(2, ROWS, used)
 
-    def run(total, x, share, width=None):
+    def run(x, share, width=None):
         fixed = fix(x.reshape(-1, IN), dtype, order, interpret=True)
-        return experts.add_weighed(total, fixed, w, ids, share, width, interpret=True)
+        return experts.weighed(fixed, w, ids, share, width, interpret=True)
 
-    whole = run(total, x, share)
+    whole = run(x, share)
     chosen = jax.tree.map(lambda plane: plane[ids], w)
-    check(whole - total, "nui,nuoi,nu->no", x, chosen, dtype, share)
+    check(whole, "nui,nuoi,nu->no", x, chosen, dtype, share)
     for width in (1, 2):
-        spoilt = (a.at[width:].set(jnp.nan) for a in (total, x, share))
+        spoilt = (a.at[width:].set(jnp.nan) for a in (x, share))
         assert_copies(run(*spoilt, width=width), whole, width)
 
 
@@ -126,9 +125,7 @@ def test_experts_of_a_width_that_is_no_power_of_two(name):
     w = synthetic.blocks(jax.random.key(0), name, (2, 8, 3072))
     x, ids = normal(0, 2, 3072), jnp.asarray([[1, 0]])
     fixed = fix(x, "float32", experts.FORMATS[name].order, interpret=True)
-    found = experts.add_weighed(
-        jnp.zeros((1, 8)), fixed, w, ids, jnp.ones((1, 2)), interpret=True
-    )
+    found = experts.weighed(fixed, w, ids, jnp.ones((1, 2)), interpret=True)
     chosen = jax.tree.map(lambda plane: plane[ids], w)
     check(found, "nui,nuoi->no", x[None], chosen, "float32")
 
@@ -176,7 +173,7 @@ def test_gated_experts(name, order, dtype):
 
 @DTYPES
 @pytest.mark.parametrize("hidden", [128, 256])
-@pytest.mark.parametrize("merges", [False, True])
+@pytest.mark.parametrize("merges", [0, 1, 2])
 def test_hyper_connection(hidden, merges, dtype):
     """Seen red with the input in fixed point before its norm."""
     config = models.micro_config(hc_eps=0.01, dtype=dtype)
@@ -188,8 +185,9 @@ def test_hyper_connection(hidden, merges, dtype):
     named = {f"{name}.weight": w for name, w in weights.items()}
     update = None
     if merges:
-        sizes = [(hidden,), (4,), (4, 4)]
-        update = Update(*(normal(6 + i, ROWS, *s) for i, s in enumerate(sizes)))
+        sizes = [(hidden,)] * merges + [(4,), (4, 4)]
+        *parts, post, mix = (normal(6 + i, ROWS, *s) for i, s in enumerate(sizes))
+        update = Update(tuple(parts), post, mix)
     one, alone = jax.tree.map(lambda a: a[None], (streams, update))
     x, _, *others = HyperConnection(config, named)(one, alone, norm)
     expected = [x, *others]
@@ -245,21 +243,26 @@ def test_the_router():
 @pytest.mark.parametrize(
     "gated, down", [("IQ2_XXS", "Q2_K"), ("Q4_K", "Q4_K"), ("Q8_0", "Q8_0")]
 )
-def test_experts_by_kernel(gated, down):
+def test_moe_by_kernel(gated, down):
     """Each kernel gives the next what it reads, in its order."""
     gate, up, back = (
         synthetic.blocks(jax.random.key(i), name, (3, IN, IN))
         for i, name in enumerate((gated, gated, down))
     )
     x, ids = rows(2), jnp.asarray([[1, 0], [2, 1]])
-    total, share = normal(1, 2, IN), normal(2, 2, 2)
-    found = experts_by_kernel(
-        total, x, gate, up, back, ids, share, swiglu, "float32", 2, interpret=True
-    )
+    share = normal(2, 2, 2)
+    own = [synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in (3, 4, 5)]
+    shared = shared_expert_kernel(*Experts(*own), swiglu, "float32", interpret=True)
+    assert shared
+    found = moe_by_kernel(
+        x[None], ids, share, Experts(gate, up, back), shared, swiglu, "float32", 2,
+        interpret=True,
+    )  # fmt: skip
     product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
     hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
-    expected = total + jnp.sum(share[..., None] * product(hidden, back), 1)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    routed = jnp.sum(share[..., None] * product(hidden, back), 1)
+    for part, expected in zip(found, (shared(2, x[None])[0], routed), strict=True):
+        np.testing.assert_allclose(part[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_weights_have_no_kernels():

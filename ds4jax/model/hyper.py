@@ -60,19 +60,20 @@ class Update(NamedTuple):
     """A block's output, which is still to be merged into the streams.
 
     Attributes:
-      output: [B, T, D].
+      parts: [B, T, D], whose sum is the output.
       post: [B, T, M], weights of the output in each stream.
       mix: [B, T, M, M], weights of the streams before.
     """
 
-    output: Float[Array, "B T D"]
+    parts: tuple[Float[Array, "B T D"], ...]
     post: Float[Array, "B T M"]
     mix: Float[Array, "B T M M"]
 
     def merged(self, streams: Float[Array, "B T M D"]) -> Float[Array, "B T M D"]:
         """Return `post_k output + sum_j mix[j, k] streams_j`: first index summed."""
         carried = jnp.sum(self.mix[..., None] * streams[..., :, None, :], axis=-3)
-        return self.post[..., None] * self.output[..., None, :] + carried
+        output = functools.reduce(jnp.add, self.parts)
+        return self.post[..., None] * output[..., None, :] + carried
 
 
 class HyperConnection(nnx.Module):

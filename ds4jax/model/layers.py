@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -77,13 +76,3 @@ def project_normed(
     weights = norm.weight.get_value(), linear.weight.get_value()
     kernel = normed_kernel((weights[0], norm.eps), weights[1], linear.dtype)
     return by_kernel(lambda x: linear(norm(x)), x, cuda=kernel)
-
-
-def clamped_swiglu(
-    gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], limit: float
-) -> Float[Array, "*rows F"]:
-    """Return `silu(min(gate, limit)) * clip(up, -limit, limit)`.
-
-    The gate is clamped from above only, before the silu (ARCHITECTURE §7).
-    """
-    return jax.nn.silu(jnp.minimum(gate, limit)) * jnp.clip(up, -limit, limit)

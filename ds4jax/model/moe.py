@@ -7,7 +7,6 @@ selection only; ties go to the lowest index, as in ds4.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +14,24 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig
-from ds4jax.model.layers import Linear, Weights, clamped_swiglu
+from ds4jax.model.layers import Linear, Weights
 from ds4jax.pallas import expert_tiles, router
 from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import (
+    Experts,
     every_expert_matmul,
     expert_matmul,
-    experts_by_kernel,
     experts_in_groups,
     has_expert_kernels,
+    moe_by_kernel,
     shared_expert_kernel,
 )
 from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
+from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
 _SMALLEST_TOTAL = 2.0**-14
 """ds4's guard on the denominator of the routing weights."""
-
-
-@functools.cache
-def _swiglu(limit: float) -> Callable[[Array, Array], Array]:
-    """Return one function for all layers, whose kernels are then traced once."""
-    return functools.partial(clamped_swiglu, limit=limit)
 
 
 class MoE(nnx.Module):
@@ -63,8 +58,13 @@ class MoE(nnx.Module):
         x: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
         fixed: FixedPoint | None = None,
-    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T U"]]:
-        """Return the block's output and the experts each row chose.
+    ) -> tuple[
+        tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Int[Array, "B T U"]
+    ]:
+        """Return the block's output, as two parts, and the experts each row chose.
+
+        The parts, of the shared expert and of the routed ones, are to be added up: a
+        GPU computes them side by side.
 
         Args:
           x: normed hidden rows.
@@ -72,23 +72,31 @@ class MoE(nnx.Module):
           fixed: `x` as kernels read it, if something computed that already.
         """
         chosen, share = self.route(x, tokens)
-        kernel = self._by_kernel if has_expert_kernels(*self._stacks()) else None
-        shared = self._shared(x, fixed)
-        return by_rows(self._add_routed, shared, x, chosen, share, cuda=kernel), chosen
+        c, activate = self.config, Swiglu(self.config.swiglu_limit)
+        own, routed = self._shared_weights(), self._stacks()
+        shared = shared_expert_kernel(*own, activate, c.dtype, fixed)
+        run = functools.partial(self._by_kernels, shared, routed, activate)
+        cuda = run if shared and has_expert_kernels(*routed) else None
+        return by_kernel(self._parts, x, chosen, share, cuda=cuda), chosen
 
-    def _stacks(self):
-        return [w.get_value() for w in (self.gate, self.up, self.down)]
+    def _by_kernels(self, shared, routed, activate, width, x, chosen, share):
+        rows, dtype = (x, chosen[0], share[0]), self.config.dtype
+        return moe_by_kernel(*rows, routed, shared, activate, dtype, width)
 
-    def _shared(self, x, fixed):
-        activate, dtype = _swiglu(self.config.swiglu_limit), self.config.dtype
+    def _parts(self, x, chosen, share):
+        activate = Swiglu(self.config.swiglu_limit)
+        hidden = activate(self.shared_gate(x), self.shared_up(x))
+        return self.shared_down(hidden), by_rows(self._routed, x, chosen, share)
+
+    def _shared_weights(self) -> Experts:
         gate, up, down = self.shared_gate, self.shared_up, self.shared_down
-        product = lambda x: down(activate(gate(x), up(x)))  # noqa: E731
-        gate_w, up_w, down_w = (w.weight.get_value() for w in (gate, up, down))
-        kernel = shared_expert_kernel(gate_w, up_w, down_w, activate, dtype, fixed)
-        return by_kernel(product, x, cuda=kernel)
+        return Experts(*(linear.weight.get_value() for linear in (gate, up, down)))
 
-    def _add_routed(self, total, x, chosen, share):
-        """Add each row's chosen experts, whichever way takes less."""
+    def _stacks(self) -> Experts:
+        return Experts(*(w.get_value() for w in (self.gate, self.up, self.down)))
+
+    def _routed(self, x, chosen, share):
+        """Add up each row's chosen experts, whichever way takes less."""
         # Few rows read only their own experts, one copy for each choice; once that
         # is as many as there are, computing them all costs less.  Who watches the
         # products is to learn which rows are an expert's, so these must be few.
@@ -101,17 +109,7 @@ class MoE(nnx.Module):
             served = is_bfloat16 and expert_tiles.serves(*self._stacks())
             kernel = self._by_tiles if served else None
             found = of_prefill(self._all, *rows, cuda=kernel)
-        return total + found.reshape(x.shape)
-
-    def _by_kernel(self, width, total, x, chosen, share):
-        """Add each row's chosen experts, multiplied where they lie."""
-        c, activate = self.config, _swiglu(self.config.swiglu_limit)
-        gate, up, down = self._stacks()
-        out = experts_by_kernel(
-            total[0], x[0], gate, up, down, chosen[0], share[0], activate, c.dtype,
-            width,
-        )  # fmt: skip
-        return out[None]
+        return found.reshape(x.shape)
 
     def route(
         self, x: Float[Array, "B T D"], tokens: Int[Array, "B T"]
@@ -161,7 +159,7 @@ class MoE(nnx.Module):
             return expert_matmul(x, w, chosen, self.config.dtype)
 
         gate, up, down = self._stacks()
-        x, activate = x[:, None], _swiglu(self.config.swiglu_limit)
+        x, activate = x[:, None], Swiglu(self.config.swiglu_limit)
         hidden = activate(product(x, gate), product(x, up))
         return jnp.sum(share[..., None] * product(hidden, down), axis=1)
 
@@ -169,7 +167,7 @@ class MoE(nnx.Module):
         """Sort rows by expert, multiply each with its own, and sum in slot order."""
         gate, up, down = self._stacks()
         tiles = expert_tiles.sort(chosen, self.config.experts)
-        activation = _swiglu(self.config.swiglu_limit)
+        activation = Swiglu(self.config.swiglu_limit)
         hidden = expert_tiles.gated(x, gate, up, tiles, activation)
         out = expert_tiles.product(hidden, down, tiles, is_sorted=True)
         return jnp.sum(share[..., None] * out[tiles.place], axis=1)
@@ -187,7 +185,7 @@ class MoE(nnx.Module):
         def add_group(total, group):
             (gate, up, down), weight = group
             product = lambda x, w: every_expert_matmul(x, w, c.dtype)  # noqa: E731
-            hidden = _swiglu(c.swiglu_limit)(product(x, gate), product(x, up))
+            hidden = Swiglu(c.swiglu_limit)(product(x, gate), product(x, up))
             part = jnp.sum(weight[..., None] * product(hidden, down), axis=0)
             return total + part, None
 

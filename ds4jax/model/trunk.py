@@ -104,10 +104,10 @@ class Layer(nnx.Module):
         """Do what a call does."""
         x, fixed, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
         y, cache, selected = self.attention(x, cache, rows, fixed)
-        update = Update(y, *weights)
+        update = Update((y,), *weights)
         x, fixed, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
-        y, experts = self.moe(x, tokens, fixed)
-        return streams, Update(y, *weights), cache, experts, selected
+        parts, experts = self.moe(x, tokens, fixed)
+        return streams, Update(parts, *weights), cache, experts, selected
 
 
 def _run_layer(definition, weights, *args):

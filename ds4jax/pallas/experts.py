@@ -18,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import iq2_xxs, k_quants
+from ds4jax.pallas import iq2_gated, iq2_xxs, k_quants
 from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
+from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import QuantTensor
 
 
@@ -31,7 +32,7 @@ class Format:
     Attributes:
       order: of the activations.
       activations, planes, multiply: as in `k_quants` and `iq2_xxs`.
-      warps: of a program of `add_weighed`; a tile has a row for each of them.
+      warps: of a program of `weighed`; a tile has a row for each of them.
       tiles: that it takes at a time for one row, and twice as many for more.
       gated_warps: of a program of `gated`.
       gated_tiles: that it takes of gate and of up at a time; more want more registers.
@@ -98,8 +99,7 @@ FORMATS = {
 
 
 @functools.partial(jax.jit, static_argnames=("width", "interpret"))
-def add_weighed(
-    total: Float[Array, "R Out"],
+def weighed(
     x: FixedPoint,
     w: QuantTensor,
     expert_ids: Int[Array, "R U"],
@@ -108,12 +108,9 @@ def add_weighed(
     *,
     interpret: bool = False,
 ) -> Float[Array, "R Out"]:
-    """Return `total` and the weighed products of each row's U vectors with its experts.
-
-    The products are added to each other first, in their order.
+    """Return the weighed products of each row's U vectors with its experts, added up.
 
     Args:
-      total: to be added to.
       x: R * U vectors of In, in the order of the format.
       w: [E, Out, In], of one of FORMATS.
       expert_ids: of each row.
@@ -144,11 +141,10 @@ def add_weighed(
         compiler_params=plgpu.CompilerParams(num_warps=format.warps),
         interpret=interpret,
         name=f"{w.format.lower()}_{width * each}x{n}x{w.shape[-1]}",
-    )(total, expert_ids, share, *operands[0], *operands[1])
+    )(expert_ids, share, *operands[0], *operands[1])
 
 
 def _kernel(
-    total_ref,  # [R, N]
     ids_ref,  # [R, U]
     share_ref,  # [R, U]
     *refs,  # of the activations, of the weight; out [R, N]
@@ -175,7 +171,6 @@ def _kernel(
     sums = [jnp.zeros(height, jnp.float32)] * tiles
     sums = jax.lax.fori_loop(0, each // at_once, add, sums)
     own = [pl.ds(at, height) for at in firsts]
-    sums = [total_ref[row, at] + s for at, s in zip(own, sums, strict=True)]
 
     def write(to):
         for at, values in zip(own, sums, strict=True):
@@ -227,6 +222,12 @@ def gated(
     """
     format = FORMATS[gate.format]
     assert gate.format == up.format and x.order == format.order
+    if programs := 0 if interpret else iq2_gated.programs(gate, activation):
+        assert isinstance(activation, Swiglu)
+        return iq2_gated.gated(
+            x, gate, up, expert_ids, activation, dtype, order, width or len(expert_ids),
+            programs,
+        )  # fmt: skip
     n = gate.shape[1]
     rows, each = expert_ids.shape
     warps = warps or format.gated_warps

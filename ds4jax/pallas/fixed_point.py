@@ -119,6 +119,7 @@ def fix_gated(
     up: Float[Array, "R F"],
     activation: Callable[[Array, Array], Array],
     dtype: str,
+    after: Array | None = None,
     *,
     interpret: bool = False,
 ) -> FixedPoint:
@@ -128,12 +129,13 @@ def fix_gated(
       gate, up: the rows.
       activation: elementwise.
       dtype: one of LIMBS.
+      after: what is to be there before it is launched, though nobody reads it.
       interpret: without a GPU.
     """
-    return _fix([gate, up], activation, dtype, Order(), None, interpret)
+    return _fix([gate, up], activation, dtype, Order(), None, interpret, after)
 
 
-def _fix(arrays, of, dtype, order, norm, interpret):
+def _fix(arrays, of, dtype, order, norm, interpret, after=None):
     """Return `of(*arrays)`, elementwise, as fixed-point numbers."""
     rows, width = arrays[0].shape
     groups = width // GROUP
@@ -154,24 +156,29 @@ def _fix(arrays, of, dtype, order, norm, interpret):
             compiler_params=plgpu.CompilerParams(num_warps=1),
             interpret=interpret,
             name="fix",
-        )(*(x.reshape(rows, *shape) for x in arrays), *norms),
+        )(
+            *(x.reshape(rows, *shape) for x in arrays),
+            *norms,
+            *([] if after is None else [after]),
+        ),
         order=order,
     )  # fmt: skip
 
 
 def _kernel(
     *refs,  # of the arrays [R, G, 2, 4, 4]: halves of a group, their words, the bytes
-    # of a word; of a norm its weight [G, 2, 4, 4]; then of the arrays of `shapes`
+    # of a word; of a norm its weight [G, 2, 4, 4]; of what is not read; then of the
+    # arrays of `shapes`
     of, count, dtype, order, at_once, eps,
 ):  # fmt: skip
-    arrays, norm_ref, found = refs[:count], refs[count:-3], refs[-3:]
+    arrays, others, found = refs[:count], refs[count:-3], refs[-3:]
     row, first = pl.program_id(0), pl.program_id(1) * at_once
     own = pl.ds(first, at_once)
     x = of(*(ref[row, own, :, :, :] for ref in arrays))
-    if norm_ref:
+    if eps is not None:
         squares = jnp.square(of(*(ref[row, :, :, :, :] for ref in arrays)))
         mean = jnp.sum(squares.reshape(-1)) / squares.size
-        x = x / jnp.sqrt(mean + eps) * norm_ref[0][own, :, :, :]
+        x = x / jnp.sqrt(mean + eps) * others[0][own, :, :, :]
     store(found, x, row, first, dtype, order)
 
 

@@ -25,7 +25,9 @@ _ROWS = 32
 """Rows of a long pass whose matrices a program takes, one for each thread."""
 
 
-Update = tuple[Float[Array, "R D"], Float[Array, "R M"], Float[Array, "R M M"]]
+Update = tuple[
+    tuple[Float[Array, "R D"], ...], Float[Array, "R M"], Float[Array, "R M M"]
+]
 """As `model.hyper.Update`, of one sequence."""
 
 
@@ -81,7 +83,7 @@ def read(
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4),
         name="hc_maps",
-    )(streams, fn.reshape(-1, m, d), *(update or ()))
+    )(streams, fn.reshape(-1, m, d), *jax.tree.leaves(update))
     (streams,) = merged or (streams,)
     x, *fixed = call(
         functools.partial(_input_kernel, c=config, width=width),
@@ -109,7 +111,7 @@ def read(
 def _maps_kernel(
     streams_ref,  # [R, M, D]
     fn_ref,  # [F, M, D]
-    *refs,  # of an update output [R, D], post [R, M], mix [R, M, M], and the merged
+    *refs,  # of an update parts [R, D], post [R, M], mix [R, M, M], and the merged
     # streams [R, M, D]; then maps [_PARTS, R, size] and squares [_PARTS, R]
     size, width,
 ):  # fmt: skip
@@ -136,12 +138,13 @@ def _merged(streams_ref, refs, row, stream, own):
     """Return some channels of a stream of a row, as of `model.hyper.Update`."""
     if not refs:
         return streams_ref[row, stream, own]
-    output_ref, post_ref, mix_ref, _ = refs
+    *parts, post_ref, mix_ref, _ = refs
     carried = sum(
         mix_ref[row, at, stream] * streams_ref[row, at, own]
         for at in range(streams_ref.shape[1])
     )
-    return post_ref[row, stream] * output_ref[row, own] + carried
+    output = functools.reduce(jnp.add, [part[row, own] for part in parts])
+    return post_ref[row, stream] * output + carried
 
 
 def _input_kernel(

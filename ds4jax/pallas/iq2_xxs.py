@@ -30,24 +30,25 @@ _RUN = 4
 _UNITS = 32
 """Runs that a program takes at a time: one for each thread of a warp."""
 
-_SPREAD = 0x4001
+SPREAD = 0x4001
+"""What a row's 16 bits are multiplied by to be eight nibbles."""
 
 
-def _codes() -> np.ndarray:
+def codes() -> np.ndarray:
     """Return the codes of the grid's rows, uint16 [256].
 
-    Times _SPREAD, bits 0 and 1 of nibble i are the code of weight i.  So the table has
+    Times SPREAD, bits 0 and 1 of nibble i are the code of weight i.  So the table has
     half the cache lines, which is what a look-up costs.
     """
-    codes = np.searchsorted([8, 25, 43], IQ2_GRID)
-    carry = codes[:, 0] + codes[:, 7] > 3
-    codes[:, 4] = codes[:, 4] - carry & 3
-    return (codes @ (4 ** np.array([0, 2, 4, 6, 1, 3, 5, 7]))).astype(np.uint16)
+    found = np.searchsorted([8, 25, 43], IQ2_GRID)
+    carry = found[:, 0] + found[:, 7] > 3
+    found[:, 4] = found[:, 4] - carry & 3
+    return (found @ (4 ** np.array([0, 2, 4, 6, 1, 3, 5, 7]))).astype(np.uint16)
 
 
 def activations(x: FixedPoint) -> list[Array]:
     """Return the operands that `multiply` reads of the activations, and its table."""
-    return [_in_runs(x.words), _in_runs(x.scale), jnp.asarray(_codes())]
+    return [_in_runs(x.words), _in_runs(x.scale), jnp.asarray(codes())]
 
 
 def planes(w: QuantTensor) -> list[Array]:
@@ -129,7 +130,7 @@ def _selectors(grid: Array, signs: Array, codes_ref: Any, interpret: bool):
     signs = (signs & 0x0FFFFFFF) ^ (signs << 4)
     even, odd = signs & 0x55555555, signs & np.uint32(0xAAAAAAAA)
     for j, negative in enumerate((even << 2, odd << 1, even, odd >> 1)):
-        codes = codes_ref[_byte(grid, j, interpret)].astype(jnp.uint32) * _SPREAD
+        codes = codes_ref[_byte(grid, j, interpret)].astype(jnp.uint32) * SPREAD
         # Bit 3 of a nibble has to be 0, and is: of every second row's signs only.
         selector = (codes & 0x33333333) | (negative & np.uint32(0xCCCCCCCC))
         yield selector

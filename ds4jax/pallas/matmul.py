@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import experts, plain, q8_0
+from ds4jax.pallas import experts, iq2_gated, plain, q8_0
 from ds4jax.pallas.fixed_point import FixedPoint, fix, fix_gated
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
@@ -232,49 +232,61 @@ def expert_matmul(
 
 
 def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
-    """Say whether `experts_by_kernel` is for these weights."""
+    """Say whether `moe_by_kernel` is for these experts."""
     formats = [w.format if isinstance(w, QuantTensor) else "" for w in (gate, up, down)]
     return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
 
 
-def experts_by_kernel(
-    total: Float[Array, "N Out"],
-    x: Float[Array, "N In"],
-    gate: Weight,
-    up: Weight,
-    down: Weight,
+class Experts(NamedTuple):
+    """The weights of one expert, or of a stack of them.
+
+    Attributes:
+      gate, up: [*E, F, In].
+      down: [*E, Out, F].
+    """
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def moe_by_kernel(
+    x: Float[Array, "1 N In"],
     expert_ids: Int[Array, "N U"],
     share: Float[Array, "N U"],
+    routed: Experts,
+    shared: Callable[..., Array],
     activation: Callable[[Array, Array], Array],
     dtype: str,
     width: int,
     *,
     interpret: bool = False,
-) -> Float[Array, "N Out"]:
-    """Add `down activation(gate x, up x)` of the experts that rows chose, on a GPU.
+) -> tuple[Float[Array, "1 N Out"], Float[Array, "1 N Out"]]:
+    """Return what the shared expert and those that rows chose make of them, on a GPU.
 
     Args:
-      total: to be added to.
       x: rows.
-      gate, up, down: the experts, [E, F, In] twice and [E, Out, F], of which
-        `has_expert_kernels`.
       expert_ids: of each row.
       share: of each of them.
+      routed: of which `has_expert_kernels`.
+      shared: of `shared_expert_kernel`.
       activation: elementwise.
       dtype: operand type.
       width: how many of the N rows, the first ones, are not copies.
       interpret: without a GPU.
     """
-    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
-    assert isinstance(down, QuantTensor)
+    gate, up, down = (w for w in routed if isinstance(w, QuantTensor))
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
+    fixed = fix(x[0], dtype, order, interpret=interpret)
     hidden = experts.gated(
-        fix(x, dtype, order, interpret=interpret), gate, up, expert_ids, activation,
-        dtype, of_hidden, width, interpret=interpret,
+        fixed, gate, up, expert_ids, activation, dtype, of_hidden, width,
+        interpret=interpret,
     )  # fmt: skip
-    return experts.add_weighed(
-        total, hidden, down, expert_ids, share, width, interpret=interpret
-    )
+    # A program in PTX needs most of a multiprocessor's shared memory, and does not
+    # begin where another kernel, that has more of a cache instead, has begun before it.
+    after = hidden.scale if iq2_gated.programs(gate, activation) else None
+    out = experts.weighed(hidden, down, expert_ids, share, width, interpret=interpret)
+    return shared(width, x, after), out[None]
 
 
 def shared_expert_kernel(
@@ -286,8 +298,10 @@ def shared_expert_kernel(
     fixed: FixedPoint | None = None,
     *,
     interpret: bool = False,
-) -> Callable[[int, Array], Array] | None:
+) -> Callable[..., Array] | None:
     """Return the kernel of `by_kernel` for `down activation(gate x, up x)`, if any.
+
+    It may be given what the second launch is to wait for, too.
 
     Args:
       gate, up, down: [F, In] twice and [Out, F].
@@ -299,10 +313,12 @@ def shared_expert_kernel(
     if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
         return None
 
-    def kernel(width: int, x: Array) -> Array:
+    def kernel(width: int, x: Array, after: Array | None = None) -> Array:
         rows = fix(x[0], dtype, interpret=interpret) if fixed is None else fixed
         by_gate, by_up = q8_0.matvecs(rows, [gate, up], width, interpret=interpret)
-        hidden = fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)
+        hidden = fix_gated(
+            by_gate, by_up, activation, dtype, after, interpret=interpret
+        )
         out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
         return out[None, :, 0]
 

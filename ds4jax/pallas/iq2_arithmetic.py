@@ -1,0 +1,204 @@
+"""What a warp of `iq2_gated`'s programs computes, in PTX: products, and their SwiGLU.
+
+Nothing is converted: codes and signs are nibbles by which `prmt` picks four weights.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ds4jax.pallas.fixed_point import GROUP, LIMBS, unit
+from ds4jax.pallas.iq2_shape import BLOCK, LANES, ROWS, Shape
+
+
+def read(s: Shape, row: int) -> str:
+    """Read a lane's groups of a row."""
+    half, line = divmod(row, ROWS // 2)
+    line = (half * GROUP + line) * s.groups
+    own, first = row % 2, row % 2 * s.steps
+    grid, signs = (registers(name, first, s.steps) for name in ("grid", "signs"))
+    return f"""
+    ld.shared.v{s.steps}.b32 {grid}, [at+{4 * line}];
+    ld.shared.v{s.steps}.b32 {signs}, [at+{s.plane + 4 * line}];
+    ld.shared.b16 half{own}, [at_d+{2 * s.plane + 2 * line // BLOCK}];"""
+
+
+def look_up(s: Shape, own: int, row: int, step: int) -> str:
+    """Look the codes of a group's weights up, and bring their signs into order.
+
+    Bit j of nibble i of `flip` is then the sign of weight i of row j of the grid.
+    """
+    group = row % 2 * s.steps + step
+    text = f"""
+    and.b32 a, signs{group}, 0x0FFFFFFF;
+    shl.b32 b, signs{group}, 4;
+    xor.b32 flip{own}, a, b;"""
+    for j in range(4):
+        text += f"""
+    prmt.b32 a, grid{group}, 0, 0x444{j};
+    mad.lo.u32 a, a, {4 * LANES}, lane_table;
+    ld.shared.b32 code{4 * own + j}, [a];"""
+    return text
+
+
+def multiply(s: Shape, own: int, row: int, step: int) -> str:
+    """Add the product of a group to the sum of its row."""
+    text = "".join(f"\n    mov.b32 m{limb}, 0;" for limb in range(s.limbs))
+    for j, shift in enumerate(("shl.b32 a, {}, 2;", "shl.b32 a, {}, 1;",
+                               "mov.b32 a, {};", "shr.u32 a, {}, 1;")):  # fmt: skip
+        code = f"code{4 * own + j}"
+        # a & 0x44444444 | code
+        text += f"""
+    {shift.format(f"flip{own}")}
+    lop3.b32 {code}, a, 0x44444444, {code}, 0xEA;"""
+        for half in range(2):
+            text += f"\n    prmt.b32 w, positive, negative, {code};"
+            for limb in range(s.limbs):
+                word = 8 * limb + 2 * j + half
+                x = f"x{word * s.steps + step}"
+                text += f"\n    dp4a.s32.s32 m{limb}, w, {x}, m{limb};"
+            if half == 0:
+                text += f"\n    shr.u32 {code}, {code}, 16;"
+    text += f"""
+    shr.u32 times, signs{row % 2 * s.steps + step}, 27;
+    or.b32 times, times, 1;
+    mad.lo.s32 m0, m0, 256, m1;
+    mul.lo.s32 m0, m0, times;
+    cvt.rn.f32.s32 f, m0;"""
+    if s.limbs == 3:
+        text += f"""
+    mul.lo.s32 m2, m2, times;
+    cvt.rn.f32.s32 g, m2;
+    fma.rn.f32 f, f, {_float(256.0)}, g;"""
+    if step == 0:
+        text += f"\n    mul.f32 sum{row}, f, scale0;"
+    else:
+        text += f"\n    fma.rn.f32 sum{row}, f, scale{step}, sum{row};"
+    if step == s.steps - 1:
+        text += f"""
+    cvt.f32.f16 d, half{row % 2};
+    mul.f32 sum{row}, sum{row}, d;"""
+    return text
+
+
+def add_up() -> str:
+    """Add up the lanes' sums: lane i is left with that of row i / EACH."""
+    text, live, bit = "", list(range(ROWS)), LANES // 2
+    while len(live) > 1:
+        half = len(live) // 2
+        text += f"""
+    and.b32 a, lane, {bit};
+    setp.ne.u32 p, a, 0;"""
+        for low, high in zip(live[:half], live[half:], strict=True):
+            text += f"""
+    selp.f32 f, sum{low}, sum{high}, p;
+    selp.f32 sum{low}, sum{high}, sum{low}, p;
+    shfl.sync.bfly.b32 f, f, {bit}, 31, 0xffffffff;
+    add.f32 sum{low}, sum{low}, f;"""
+        live, bit = live[:half], bit // 2
+    while bit:
+        text += _add_lanes("sum0", "f", bit)
+        bit //= 2
+    # Weights were multiplied by eight times their scale, a whole number.
+    return text + f"\n    mul.f32 sum0, sum0, {_float(1 / 8)};"
+
+
+def activate(s: Shape) -> str:
+    """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
+    return f"""
+    shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
+    min.f32 sum0, sum0, {_float(s.limit)};
+    min.f32 g, g, {_float(s.limit)};
+    max.f32 g, g, {_float(-s.limit)};
+    mul.f32 f, sum0, {_float(-np.log2(np.e))};
+    ex2.approx.f32 f, f;
+    add.f32 f, f, {_float(1.0)};
+    div.rn.f32 sum0, sum0, f;
+    mul.f32 sum0, sum0, g;"""
+
+
+def finish(s: Shape) -> str:
+    """Write a group of the last task in fixed point, as `fixed_point.store` does."""
+    limbs, levels = LIMBS[s.dtype], s.order.levels
+    text = f"""
+    sub.u32 a, number, 1;
+    and.b32 a, a, 1;
+    mad.lo.u32 a, a, {4 * GROUP}, shared;
+    mad.lo.u32 a, lane, 4, a;
+    ld.shared.f32 f, [a+{s.values}];"""
+    if s.dtype == "bfloat16":
+        text += """
+    cvt.rn.bf16.f32 half0, f;
+    mov.b32 a, {0, half0};
+    mov.b32 f, a;"""
+    text += f"""
+    mov.b32 a, f;
+    and.b32 a, a, 0x7F800000;
+    redux.sync.max.u32 a, a, 0xffffffff;
+    max.u32 a, a, {np.float32(2.0**-100).view(np.uint32)};
+    mov.b32 d, a;
+    div.rn.f32 g, f, d;
+    mul.f32 g, g, {_float(unit(limbs))};
+    add.f32 g, g, {_float(0.5)};
+    cvt.rmi.s32.f32 w, g;
+    rem.u32 a, old_tile, {levels};
+    div.u32 b, old_tile, {levels};
+    mad.lo.u32 to, a, {s.tiles // levels}, b;
+    and.b32 shift, lane, 3;
+    setp.eq.u32 alone, shift, 0;
+    shl.b32 shift, shift, 3;
+    shr.u32 row, lane, 2;"""
+    for limb in reversed(range(limbs)):
+        text += f"""
+    bfe.s32 a, w, 0, 8;
+    sub.u32 w, w, a;
+    shr.s32 w, w, 8;
+    and.b32 a, a, 255;
+    shl.b32 a, a, shift;
+    shfl.sync.bfly.b32 b, a, 1, 31, 0xffffffff;
+    or.b32 a, a, b;
+    shfl.sync.bfly.b32 b, a, 2, 31, 0xffffffff;
+    or.b32 a, a, b;
+    mad.lo.u32 b, old_pair, {limbs}, {limb};"""
+        ways = [("to", s.tiles), ("row", 8)]
+        for index, count in reversed(ways) if s.order.by_word else ways:
+            text += f"\n    mad.lo.u32 b, b, {count}, {index};"
+        text += """
+    mov.b64 base, %to_words;
+    mad.wide.u32 address, b, 4, base;
+    @alone st.global.b32 [address], a;"""
+    text += f"""
+    mad.lo.u32 to, old_pair, {s.tiles}, to;
+    mul.f32 d, d, {_float(1 / unit(limbs))};
+    mov.b64 base, %to_scale;
+    mad.wide.u32 address, to, 4, base;
+    @first st.global.f32 [address], d;"""
+    for bit in (1, 2, 4, 8):
+        text += _add_lanes("f", "g", bit)
+    return (
+        text
+        + f"""
+    and.b32 a, lane, {LANES // 2 - 1};
+    setp.eq.u32 p, a, 0;
+    div.u32 a, lane, {LANES // 2};
+    mad.lo.u32 a, to, 2, a;
+    mov.b64 base, %to_sums;
+    mad.wide.u32 address, a, 4, base;
+    @p st.global.f32 [address], f;"""
+    )
+
+
+def _add_lanes(value: str, other: str, bit: int) -> str:
+    return f"""
+    shfl.sync.bfly.b32 {other}, {value}, {bit}, 31, 0xffffffff;
+    add.f32 {value}, {value}, {other};"""
+
+
+def registers(name: str, first: int, count: int) -> str:
+    """Return registers that are loaded together."""
+    return f"{{{', '.join(f'{name}{first + i}' for i in range(count))}}}"
+
+
+def _float(value: float) -> str:
+    """Return a number as PTX has it: the bits of a float32."""
+    return f"0f{np.float32(value).view(np.uint32):08X}"

@@ -1,0 +1,337 @@
+"""A machine for programs in PTX, as far as ours go: what a GPU would do, one by one.
+
+Warps take turns at random, and copies arrive at random, so a program that does not wait
+where it has to goes wrong.  All branches are of whole warps.  What nobody wrote cannot
+be read: a register is missing, memory is full of ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+LANES = 32
+SHARED = 1024
+"""Where shared memory begins; operand i begins at (i + 1) << 32."""
+TURN = 400
+"""Instructions that a warp runs at most before another's turn."""
+PATIENCE = 100_000
+"""Turns after each other that lead nowhere before the machine gives up."""
+
+TYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
+
+
+def signed(x):
+    return x.view(np.int32)
+
+
+def real(x):
+    return x.view(np.float32)
+
+
+def bits(x):
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def of_bytes(words, dtype):
+    return words[:, None].view(dtype).astype(np.int64)
+
+
+def permute(a, b, selector):
+    """Return `prmt`: bytes of two words by nibbles, or the sign of one eight times."""
+    both = np.concatenate([of_bytes(a, np.uint8), of_bytes(b, np.uint8)], -1)
+    nibbles = selector[:, None].astype(np.int64) >> np.arange(0, 16, 4) & 15
+    found = np.take_along_axis(both, nibbles & 7, -1)
+    found = np.where(nibbles & 8 > 0, np.where(found & 128 > 0, 255, 0), found)
+    return found.astype(np.uint8).view(np.uint32)[:, 0]
+
+
+def logic(a, b, c, table):
+    found = np.zeros_like(a)
+    for case in np.flatnonzero(int(table[0]) >> np.arange(8) & 1):
+        found |= functools.reduce(
+            np.bitwise_and,
+            [x if case & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1))],
+        )
+    return found
+
+
+def extract(x, start, length):
+    found = (x >> start & (1 << length) - 1).astype(np.int64)
+    return (found - (found >> length - 1 << length)).astype(np.int32).view(np.uint32)
+
+
+def narrow(x):
+    return real(x).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def dot(a, b, c):
+    products = of_bytes(a, np.int8) * of_bytes(b, np.int8)
+    return (signed(c) + products.sum(-1)).astype(np.int32).view(np.uint32)
+
+
+def fused(a, b, c):
+    return bits(real(a).astype(np.float64) * real(b) + real(c))
+
+
+COMPUTE = {
+    "add.u32": lambda a, b: a + b,
+    "sub.u32": lambda a, b: a - b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mul.lo.s32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
+    "div.u32": lambda a, b: a // b,
+    "rem.u32": lambda a, b: a % b,
+    "max.u32": np.maximum,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "shr.s32": lambda a, b: (signed(a) >> signed(b)).view(np.uint32),
+    "bfe.s32": extract,
+    "lop3.b32": logic,
+    "prmt.b32": permute,
+    "dp4a.s32.s32": dot,
+    "mov.u32": lambda a: a,
+    "mov.b32": lambda a: a,
+    "mov.b64": lambda a: a,
+    "cvt.u32.u64": lambda a: a.astype(np.uint32),
+    "cvt.f32.f16": lambda a: bits(a.view(np.float16)),
+    "cvt.rn.f32.s32": lambda a: bits(signed(a)),
+    "cvt.rn.bf16.f32": narrow,
+    "cvt.rmi.s32.f32": lambda a: np.floor(real(a)).astype(np.int32).view(np.uint32),
+    "add.f32": lambda a, b: bits(real(a) + real(b)),
+    "mul.f32": lambda a, b: bits(real(a) * real(b)),
+    "div.rn.f32": lambda a, b: bits(real(a) / real(b)),
+    "min.f32": lambda a, b: bits(np.minimum(real(a), real(b))),
+    "max.f32": lambda a, b: bits(np.maximum(real(a), real(b))),
+    "fma.rn.f32": fused,
+    "ex2.approx.f32": lambda a: bits(np.exp2(real(a))),
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "selp.f32": lambda a, b, p: np.where(p, a, b),
+    "setp.eq.u32": lambda a, b: a == b,
+    "setp.ne.u32": lambda a, b: a != b,
+    "setp.lt.u32": lambda a, b: a < b,
+    "setp.ge.u32": lambda a, b: a >= b,
+    "setp.lt.and.u32": lambda a, b, p: (a < b) & p,
+    "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
+    "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
+    "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
+    "redux.sync.max.u32": lambda a, _: np.full_like(a, a.max()),
+}  # fmt: skip
+"""From an instruction to what it writes, given what it reads of each lane."""
+
+ORDERS = ("fence.", "bar.warp.sync")
+"""Instructions that only order others, which run one by one here."""
+
+
+class Barrier:
+    """An mbarrier: a phase ends when `count` have arrived and all bytes have."""
+
+    def __init__(self, count: int):
+        self.count = self.missing = count
+        self.bytes = self.phase = 0
+
+    def change(self, arrived: int, expected: int):
+        """Note arrivals, and bytes to come or, below zero, come."""
+        self.missing -= arrived
+        self.bytes += expected
+        assert self.missing >= 0 and self.bytes >= 0
+        if self.missing == self.bytes == 0:
+            self.phase, self.missing = self.phase ^ 1, self.count
+
+
+class Machine:
+    """A program's text, and what it works on.
+
+    Attributes:
+      operands: arrays, which a run changes.
+    """
+
+    def __init__(
+        self, text: str, operands: Sequence[np.ndarray], shared: int, warps: int
+    ):
+        """Read a program.
+
+        Args:
+          text: with `$i` for the address of operand i, the last being shared memory.
+          operands: the others.
+          shared: bytes of shared memory.
+          warps: of a program.
+        """
+        self.operands, self.shared, self.warps = operands, shared, warps
+        self.memory = [array.reshape(-1).view(np.uint8) for array in operands]
+        self.code, self.labels, self.types = [], {}, {}
+        for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
+            words = part.strip(" \n;:")
+            if part.endswith(":\n"):
+                self.labels[words] = len(self.code)
+            elif words.startswith(".reg"):
+                _, kind, names = words.split(maxsplit=2)
+                for name in names.split(", "):
+                    name, _, count = name.rstrip(">").partition("<")
+                    own = [f"{name}{i}" for i in range(int(count))] if count else [name]
+                    self.types |= dict.fromkeys(own, TYPES[kind[1:].replace("f", "b")])
+            else:
+                guard, words = words.split(" ", 1) if words[0] == "@" else ("", words)
+                name, *rest = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", words)
+                self.code.append((guard[1:], name, rest))
+
+    def run(self, programs: int, seed: int = 0):
+        """Run so many programs, one after the other."""
+        for number in range(programs):
+            Program(self, number, programs, random.Random(seed + number)).run()
+
+
+class Program:
+    """A program while it runs."""
+
+    def __init__(self, machine: Machine, number: int, programs: int, chance):
+        self.machine, self.number, self.chance = machine, number, chance
+        self.shared = np.full(machine.shared, 255, np.uint8)
+        self.barriers, self.copies = {}, []
+        self.files = [{} for _ in range(machine.warps)]
+        self.at = [0] * machine.warps
+        self.waiting = set()
+
+    def run(self):
+        """Let warps and copies take turns until all have ended."""
+        idle, live = 0, set(range(self.machine.warps))
+        while live:
+            if self.copies and self.chance.random() < 0.3:
+                self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
+            if self.waiting == live:
+                self.waiting.clear()
+            warp = self.chance.choice(sorted(live - self.waiting))
+            before = self.at[warp]
+            for _ in range(self.chance.randrange(1, TURN)):
+                if self.at[warp] == len(self.machine.code):
+                    live.discard(warp)
+                if warp not in live or not self.step(warp):
+                    break
+            idle = 0 if self.at[warp] != before else idle + 1
+            assert idle < PATIENCE, "all wait for each other"
+
+    def arrive(self, source, to, size, barrier):
+        """Let a copy arrive."""
+        memory, start = self.locate(source)
+        own = self.shared[to - SHARED : to - SHARED + size]
+        own[:] = memory[start : start + size]
+        self.barriers[barrier].change(0, -size)
+
+    def locate(self, address: int) -> tuple[np.ndarray, int]:
+        """Return the memory that an address is of, and the place in it."""
+        operand, place = divmod(int(address), 1 << 32)
+        if operand:
+            return self.machine.memory[operand - 1], place
+        return self.shared, place - SHARED
+
+    def step(self, warp: int) -> bool:
+        """Run a warp's next instruction; say whether it may go on at once."""
+        guard, name, operands = self.machine.code[self.at[warp]]
+        file = self.files[warp]
+        self.at[warp] += 1
+        on = np.ones(LANES, bool)
+        if guard:
+            on = ~file[guard[1:]] if guard[0] == "!" else file[guard]
+        if name == "bra":
+            assert on.all() or not on.any(), "lanes of a warp part"
+            if on.all():
+                self.at[warp] = self.machine.labels[operands[0]]
+        elif name == "bar.sync":
+            self.waiting.add(warp)
+            return False
+        elif name.startswith(("ld.", "st.")):
+            self.move(warp, name, operands, on)
+        elif name.startswith(("mbarrier.", "cp.async")):
+            return self.synchronize(warp, name, operands, on)
+        elif not name.startswith(ORDERS):
+            to, *read = operands
+            values = [self.value(warp, operand) for operand in read]
+            self.write(warp, to, COMPUTE[name](*values), on)
+        return True
+
+    def value(self, warp: int, operand: str) -> np.ndarray:
+        """Return what an operand is in each lane."""
+        if operand in self.machine.types:
+            return self.files[warp][operand]
+        if operand.startswith("{"):  # two halves of a word
+            low, high = (self.value(warp, part) for part in operand[1:-1].split(", "))
+            return low.astype(np.uint32) | high.astype(np.uint32) << 16
+        if operand.startswith("$"):
+            last, number = len(self.machine.operands), int(operand[1:])
+            at = SHARED if number == last else number + 1 << 32
+            return np.full(LANES, at, np.uint64)
+        special = {
+            "%tid.x": np.arange(LANES) + LANES * warp, "%tid.y": 0,
+            "%ntid.x": LANES * self.machine.warps, "%ctaid.x": self.number,
+        }  # fmt: skip
+        if operand in special:
+            return np.full(LANES, special[operand], np.uint32)
+        base = 16 if operand.startswith("0f") else 0
+        return np.full(LANES, int(operand[2:] if base else operand, base), np.uint32)
+
+    def write(self, warp: int, to: str, value: np.ndarray, on: np.ndarray):
+        """Write a register, in some lanes, which then has to be there."""
+        file, value = self.files[warp], np.asarray(value, self.machine.types[to])
+        file[to] = value if on.all() else np.where(on, value, file[to])
+
+    def address(self, warp: int, operand: str) -> np.ndarray:
+        """Return the addresses that `[register+offset]` is."""
+        base, _, offset = operand[1:-1].partition("+")
+        return self.value(warp, base).astype(np.uint64) + np.uint64(offset or 0)
+
+    def move(self, warp, name, operands, on):
+        """Load or store."""
+        loads = name.startswith("ld.")
+        registers, place = operands if loads else operands[::-1]
+        registers = registers.strip("{}").split(", ")
+        size = self.machine.types[registers[0]]().itemsize
+        if not on.any():
+            return
+        addresses = self.address(warp, place)[on]
+        memory, start = self.locate(addresses[0])
+        places = start + (addresses - addresses[0]).astype(np.int64)
+        assert not (places % (size * len(registers))).any(), "not aligned"
+        view = memory.view(f"u{size}")
+        for number, register in enumerate(registers):
+            index = places // size + number
+            if loads:
+                found = np.zeros(LANES, view.dtype)
+                found[on] = view[index]
+                self.write(warp, register, found, on)
+            else:
+                view[index] = self.value(warp, register)[on]
+
+    def synchronize(self, warp, name, operands, on) -> bool:
+        """Use a barrier, or have something copied."""
+        if name.startswith("mbarrier.try_wait"):
+            to, place, phase = operands
+            barrier = self.barriers[int(self.address(warp, place)[0])]
+            done = barrier.phase != self.value(warp, phase)[0]
+            self.write(warp, to, np.full(LANES, done), on)
+            return bool(done)
+        if not on.any():
+            return True
+        (lane,) = np.flatnonzero(on)
+        number = lambda operand: int(self.value(warp, operand)[lane])  # noqa: E731
+        at = lambda operand: int(self.address(warp, operand)[lane])  # noqa: E731
+        if name.startswith("cp.async"):
+            to, source, size, barrier = operands
+            assert not (at(to) % 16 or at(source) % 16 or number(size) % 16)
+            self.copies.append((at(source), at(to), number(size), at(barrier)))
+        elif name.startswith("mbarrier.init"):
+            self.barriers[at(operands[0])] = Barrier(number(operands[1]))
+        elif "expect_tx" in name:
+            self.barriers[at(operands[1])].change(1, number(operands[2]))
+        else:
+            self.barriers[at(operands[1])].change(1, 0)
+        return True
