@@ -166,7 +166,7 @@ def streams_read() -> Case:
 
     def nbytes(width, own, streams, update):
         of_weights = sum(w.nbytes for w in own.values())
-        of_rows = sum(a.nbytes for a in (streams, *update))
+        of_rows = sum(a.nbytes for a in jax.tree.leaves((streams, update)))
         return of_weights + of_rows // DECODE_ROWS * width
 
     case = part(hyper_connection, "read", draw, run, nbytes)
