@@ -145,7 +145,7 @@ def test_gated_experts_in_ptx_and_by_triton(dtype, monkeypatch):
     monkeypatch.setattr(iq2_gated, "programs", lambda *_: 0)
     jax.clear_caches()
     # Rounding to the type, next to which other sums are little.
-    near = {"float32": 1e-6, "bfloat16": 2.0**-8}[dtype]
+    near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
     for part, wanted in zip(read(whole), read(run(8)), strict=True):
         largest = abs(wanted).max(-1, keepdims=True)
         assert np.all(abs(part - wanted) <= near * largest)
