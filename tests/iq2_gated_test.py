@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_kernels_test import read
+from pallas_kernels_test import near
 from ptx_machine import Machine
 
 from ds4jax import synthetic
@@ -75,11 +75,7 @@ def test_a_program_computes_what_experts_give(dtype, order, width):
     exact = ACTIVATION(*(jnp.asarray(x, jnp.float32) for x in products))
     expected = fix(exact.reshape(IDS.size, OUT), dtype, order, interpret=True)
     same(found.scale, expected.scale)
-    # Rounding to the type, next to which that of the products is small.
-    near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
-    for part, wanted in zip(read(found), read(expected), strict=True):
-        largest = abs(wanted).max(-1, keepdims=True)
-        assert np.all(abs(part - wanted) <= near * largest)
+    near(found, expected, dtype)
 
 
 def test_whatever_the_number_of_rows_and_programs():

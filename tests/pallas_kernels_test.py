@@ -67,6 +67,18 @@ def read(x: FixedPoint) -> tuple[np.ndarray, np.ndarray]:
     return value[:, groups], np.asarray(x.sums)[:, groups]
 
 
+def near(found: FixedPoint, expected: FixedPoint, dtype: str):
+    """Compare what the same products, summed in different orders, are in fixed point.
+
+    Rounding to the type is more than that, and the sums are of 16 values.
+    """
+    worst = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
+    (value, sums), (wanted, of_wanted) = read(found), read(expected)
+    largest = abs(wanted).max(-1, keepdims=True)
+    assert np.all(abs(value - wanted) <= worst * largest)
+    assert np.all(abs(sums - of_wanted) <= 16 * worst * largest)
+
+
 @DTYPES
 @pytest.mark.parametrize("order", ORDERS)
 def test_fixed_point_is_as_near_as_it_says(order, dtype):
