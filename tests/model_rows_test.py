@@ -39,16 +39,22 @@ BEFORE, AFTER = 45, DECODE_ROWS
 
 @functools.cache
 def prompt(name: str, batch: int = 1):
-    """Return (model, following tokens, trunk cache, MTP cache) after a prefill."""
+    """Return (model, following tokens, trunk cache, MTP cache) after a text.
+
+    Each sequence is read by itself and a row at a time, with the programs of `alone`:
+    those of longer passes would be compiled for nothing else.
+    """
     config = CONFIGS[name]
-    model = lively(config)
-    tokens = text(config, BEFORE + AFTER + 1, batch)
-    found = trunk(model, tokens[:, :BEFORE], fresh(config, batch=batch))
-    head = mtp(
-        model, tokens[:, 1 : BEFORE + 1], found.streams,
-        fresh(config, batch=batch, mtp=True),
-    )  # fmt: skip
-    return model, tokens[:, BEFORE:], found.cache, head.cache
+    model, tokens = lively(config), text(config, BEFORE + AFTER + 1, batch)
+    states = []
+    for i in range(batch):
+        cache, mtp_cache = fresh(config), fresh(config, mtp=True)
+        for row in range(BEFORE):
+            outs = decode(model, tokens[i : i + 1, row:], cache, mtp_cache, 1)
+            cache, mtp_cache = (out.cache for out in outs)
+        states.append((cache, mtp_cache))
+    cache, mtp_cache = jax.tree.map(lambda *parts: np.concatenate(parts), *states)
+    return model, tokens[:, BEFORE:], cache, mtp_cache
 
 
 def decode(model, tokens, cache, mtp_cache, width, count=None):
@@ -82,19 +88,28 @@ def joined(steps):
     ]
 
 
-WIDTHS = [("micro", width) for width in range(2, 9)]
-WIDTHS += [("tiny", width) for width in (2, 3, 4, 8)]
-WIDTHS += [("micro with ds4's rounding", width) for width in (2, 8)]
+# Of the module, so that all tests of a model follow each other: they share programs.
+every_model = pytest.mark.parametrize("name", CONFIGS, scope="module")
+WIDTHS = {
+    "micro": range(2, 9),
+    "tiny": (2, 3, 4, 8),
+    "micro with ds4's rounding": (2, 8),
+}
 
 
-@pytest.mark.parametrize("name, width", WIDTHS)
-def test_any_width_gives_the_bits_of_one_row_at_a_time(name, width):
-    found = decode(*prompt(name), width)
-    assert_same([rows_of(out) for out in found], joined(alone(name)[:width]))
-    assert_same([out.cache for out in found], [o.cache for o in alone(name)[width - 1]])
+@every_model
+def test_any_width_gives_the_bits_of_one_row_at_a_time(name):
+    for width in WIDTHS[name]:
+        found, one_by_one = decode(*prompt(name), width), alone(name)[:width]
+        rows = [rows_of(out) for out in found]
+        assert_same(rows, joined(one_by_one), what=f"of {width} rows ")
+        states = [out.cache for out in found]
+        assert_same(
+            states, [o.cache for o in one_by_one[-1]], what=f"after {width} rows "
+        )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_model
 @pytest.mark.parametrize("count", [0, 1, 3, 7])
 def test_padding_leaves_no_trace(name, count):
     """Rows beyond `count` hold other tokens; the state is as if they were not there."""
@@ -111,7 +126,7 @@ def test_padding_leaves_no_trace(name, count):
     assert_same(states, [out.cache for out in alone(name)[count - 1]])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_model
 def test_later_rows_do_not_change_earlier_ones(name):
     model, tokens, cache, mtp_cache = prompt(name)
     for row in range(1, 8):
@@ -128,7 +143,7 @@ def test_later_rows_do_not_change_earlier_ones(name):
             assert_same_state(back, step.cache, CONFIGS[name])
 
 
-@pytest.mark.parametrize("name", ["micro", "tiny"])
+@pytest.mark.parametrize("name", ["micro", "tiny"], scope="module")
 def test_sequences_of_different_lengths_do_not_touch_each_other(name):
     """Three sequences in one pass have the bits of three passes."""
     width = 3
@@ -146,9 +161,10 @@ def test_sequences_of_different_lengths_do_not_touch_each_other(name):
     assert len(set(np.asarray(together[0].cache.length))) == 3
 
 
-def test_a_loop_on_the_device_gives_the_bits_of_single_passes():
+@pytest.mark.parametrize("name", ["micro"], scope="module")
+def test_a_loop_on_the_device_gives_the_bits_of_single_passes(name):
     """XLA compiles the pass into its surroundings; that must not choose its bits."""
-    model, tokens, cache, mtp_cache = prompt("micro")
+    model, tokens, cache, mtp_cache = prompt(name)
 
     @jax.jit
     def loop(model, cache, mtp_cache, first):
@@ -182,7 +198,7 @@ def test_logits_of_the_last_real_row_alone(width):
 
     Seen red with the first row, and in the long pass with the last, real or not.
     """
-    config = CONFIGS["micro"]
+    config = models.slim_config()
     model, tokens, count = lively(config), text(config, width, batch=2), [3, width]
     run = functools.partial(
         jax.jit(lambda *args, last: model.modules().trunk(*args, last=last),

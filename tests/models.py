@@ -147,14 +147,17 @@ def poison(cache: Cache, config: ModelConfig, value: float = np.nan) -> Cache:
     )
 
 
-def assert_same(actual, expected):
-    """Compare two pytrees bit for bit, naming the leaf that differs; NaN equals NaN."""
+def assert_same(actual, expected, *, what: str = ""):
+    """Compare two pytrees bit for bit, naming the leaf that differs; NaN equals NaN.
+
+    `what` they are is told before the leaf.
+    """
     expected = dict(jax.tree_util.tree_leaves_with_path(expected))
     actual = dict(jax.tree_util.tree_leaves_with_path(actual))
     assert actual.keys() == expected.keys()
     for path, leaf in actual.items():
         np.testing.assert_array_equal(
-            np.asarray(leaf), expected[path], err_msg=jax.tree_util.keystr(path)
+            np.asarray(leaf), expected[path], err_msg=what + jax.tree_util.keystr(path)
         )
 
 
