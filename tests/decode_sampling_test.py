@@ -4,19 +4,22 @@ Numbers in docstrings are those of SPECULATION §7.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import replay
-from replay import CONFIG, CONTEXT
+from replay import CONTEXT
 
 from ds4jax.decode import carry as carries
 from ds4jax.decode import driver, transitions
 from ds4jax.decode.carry import DecodeCarry
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Mode
 
+CONFIG = models.slim_config()
 TEMPERATURE = 0.8
 PLAIN = dataclasses.replace(GREEDY, temperature=TEMPERATURE)
 SEEDS = 512
@@ -29,7 +32,7 @@ than there should be is 10 or more."""
 
 @pytest.fixture(scope="module")
 def model():
-    return replay.guessing_model()
+    return replay.guessing_model(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,9 @@ def begun(model):
     """Return a carry that has read a prompt; its seed does not matter so far."""
     prompt = np.random.default_rng(3).integers(CONFIG.vocab, size=21).tolist()
     return driver.start(model, prompt, CONTEXT - len(prompt))
+
+
+same_text = functools.partial(replay.assert_same_text, config=CONFIG)
 
 
 def seeded(carry: DecodeCarry, seed: int, budget: int = 100) -> DecodeCarry:
@@ -66,7 +72,7 @@ def test_every_mode_samples_plains_text(model, begun, plains, mode):
     accepted = 0
     for seed, plain in enumerate(plains):
         carry = driver.run(model, seeded(begun, seed), how)
-        replay.assert_same_text(carry, plain)
+        same_text(carry, plain)
         accepted += carry.statistics.of()["accepted"]
     assert accepted > 9
 
@@ -74,7 +80,7 @@ def test_every_mode_samples_plains_text(model, begun, plains, mode):
 def test_a_seed_decides_the_text(model, begun, plains):
     """Property 37: the same text again, another one with another seed, or none."""
     again = driver.run(model, seeded(begun, 1), PLAIN)
-    replay.assert_same_text(again, plains[1])
+    same_text(again, plains[1])
     texts = {tuple(driver.committed(plain)) for plain in plains}
     greedy = driver.run(model, seeded(begun, 1), GREEDY)
     assert len(texts | {tuple(driver.committed(greedy))}) == 4
@@ -83,7 +89,7 @@ def test_a_seed_decides_the_text(model, begun, plains):
 def test_the_seed_of_start_is_that_noise(model, begun, plains):
     prompt = driver.committed(begun)
     carry = driver.start(model, prompt, 100, CONTINUOUS, seed=2)
-    replay.assert_same_text(driver.run(model, carry, PLAIN), plains[2])
+    same_text(driver.run(model, carry, PLAIN), plains[2])
 
 
 def test_the_noise_of_no_position_is_that_of_another():

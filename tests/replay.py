@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 
+from ds4jax.config import ModelConfig
 from ds4jax.decode import carry as carries
 from ds4jax.decode import driver, transitions
 from ds4jax.decode.carry import Anchor, DecodeCarry
@@ -30,21 +31,21 @@ decode = jax.jit(transitions.decode, static_argnames="decoding")
 
 
 @functools.cache
-def guessing_model() -> Model:
+def guessing_model(config: ModelConfig = CONFIG) -> Model:
     """Return the lively model with a head that guesses right now and then.
 
     The head looks at the token rather than at the streams, as a trunk of random weights
     does; so a quarter of its first guesses are right, and now and then four in a row.
     """
-    model = models.lively(CONFIG)
+    model = models.lively(config)
     factors = {"_down_": 0.5, "attn_output_b": 0.5, "h_proj": 0.1}
     head = dict(model.mtp)
     for name, weight in model.mtp.items():
         factor = next((f for part, f in factors.items() if part in name), 1.0)
         assert isinstance(weight, jax.Array)
         head[name] = weight * factor
-    head["mtp.0.e_proj.weight"] = jnp.eye(CONFIG.hidden)
-    head["mtp.0.enorm.weight"] = jnp.ones(CONFIG.hidden)
+    head["mtp.0.e_proj.weight"] = jnp.eye(config.hidden)
+    head["mtp.0.enorm.weight"] = jnp.ones(config.hidden)
     head["mtp.0.norm.weight"] = model.trunk["output_norm.weight"]
     for part in ("fn", "base", "scale"):
         weight = model.trunk[f"output_hc_{part}.weight"]
@@ -156,11 +157,13 @@ def head_rows(carry: DecodeCarry) -> dict[int, np.ndarray]:
     return {int(t): raw[slot] for slot, t in enumerate(tags) if 0 <= t < end}
 
 
-def assert_same_text(actual: DecodeCarry, expected: DecodeCarry):
+def assert_same_text(
+    actual: DecodeCarry, expected: DecodeCarry, config: ModelConfig = CONFIG
+):
     """Compare all that matters to plain decoding: tokens, logits, the trunk's cache."""
     assert driver.committed(actual) == driver.committed(expected)
     np.testing.assert_array_equal(actual.logits, expected.logits)
-    models.assert_same_state(actual.cache, expected.cache, CONFIG)
+    models.assert_same_state(actual.cache, expected.cache, config)
 
 
 def assert_head_rows(carry: DecodeCarry, expected: DecodeCarry, gaps: bool = False):
