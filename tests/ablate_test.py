@@ -60,33 +60,42 @@ def wait_for_rows(process, path, rows):
     raise AssertionError(f"ended with {process.returncode} before {rows} rows")
 
 
-def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
-    """Killed twice, then left to finish: every row once, the early ones untouched.
+def go_on(ablate, words, table) -> list[dict]:
+    """Return the rows of a killed run that was left to finish.
 
     What a kill could leave half written is added by hand.
     """
-    table = tmp_path / "out" / "runs.csv"
-    line = [sys.executable, "-m", "ds4jax", "ablate", *words, f"--out={table.parent}"]
-    for rows in (3, 14):
-        with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
-            wait_for_rows(process, table, rows)
-            process.send_signal(signal.SIGKILL)
-        assert process.returncode == -signal.SIGKILL
-        assert not (table.parent / "report.md").exists()
+    report = table.parent / "report.md"
+    assert not report.exists()
     before = table.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
     assert 14 <= whole.count(b"\n") - 1 < 39
     with table.open("ab") as file:
         file.write(b"plain,copy,0,7,plai")
-
     status, out, err = ablate(*words, "--out=out")
     assert status == 0, err
     assert out == "out/report.md: 39 runs of 3 arms\n"
-    assert table.read_bytes().startswith(whole)
+    assert table.read_bytes().startswith(whole) and report.exists()
     with table.open() as file:
         rows = list(csv.DictReader(file))
     keys = collections.Counter((row["arm"], row["round"]) for row in rows)
     assert keys == {(arm, str(n)): 1 for arm in ARMS for n in range(13)}
+    return rows
+
+
+def test_a_killed_run_goes_on_where_it_stopped(ablate, words, tmp_path):
+    """Killed, then left to finish: every row once, the early ones untouched."""
+    table = tmp_path / "out" / "runs.csv"
+    line = [sys.executable, "-m", "ds4jax", "ablate", *words, f"--out={table.parent}"]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
+        wait_for_rows(process, table, 14)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    go_on(ablate, words, table)
+    # Killed again, as it went on: all that is left are the rows so far.
+    table.write_bytes(b"".join(table.read_bytes().splitlines(keepends=True)[:26]))
+    (tmp_path / "out/report.md").unlink()
+    rows = go_on(ablate, words, table)
     assert {row["tokens"] for row in rows} == {"12"}
     assert len({row["sha256"] for row in rows if row["arm"] != ARMS[1]}) == 1
     assert {row["worst_gap"] for row in rows if row["arm"] != ARMS[1]} == {"0.0"}
