@@ -328,7 +328,7 @@ def test_the_command_trains_exports_and_goes_on(command, folder):
     assert Tokenizer.from_metadata(metadata).vocab_size == VOCAB
     status, out, err = command(
         "evaluate", "--gguf=files/trunk.gguf", "--mtp=files/mtp.gguf", "--rows=64",
-         "--prompts=1", "--report=x.json",
+         "--prompts=1", "--max_tokens=8", "--report=x.json",
     )  # fmt: skip
     assert status == 0, err
     assert out.count("bits per byte") == 3
