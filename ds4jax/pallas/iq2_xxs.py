@@ -3,9 +3,8 @@
 Nothing is converted: a grid row is looked up as eight codes of 2 bits, its signs are
 put beside them, and `prmt` picks four bytes of eight by that.
 
-On an H200 gate and up of six experts of 2048 x 4096 take 19.7 us, SwiGLU and fixed
-point among it, and those of two rows 29.3.  A spike in Mosaic GPU took 14.5 us for the
-products alone, of one row, with a body that only a GPU can run (benchmarks/NOTES.md).
+On an H200 gate and up of six experts of 2048 x 4096 take 19.3 us, SwiGLU and fixed
+point among it, and those of two rows 29.1.  `iq2_gated` is faster, where it serves.
 """
 
 from __future__ import annotations
