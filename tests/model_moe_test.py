@@ -1,15 +1,18 @@
 """The MoE by itself: who is chosen, what they weigh, and their sum, in float64."""
 
+import hopper
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from expert_tiles_test import moe as packed_moe
 from parts import ULPS, close, normal, part, plain, same, sigmoid
 
 from ds4jax.model.moe import MoE
 from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.pallas.swiglu import Swiglu
+from ds4jax.quant import dequantize
 
 ROUTER = models.micro_config(hidden=6)
 """Of 6 experts and as many channels: an identity router takes a row as its logits."""
@@ -136,3 +139,20 @@ def test_a_decode_pass_multiplies_its_own_rows_experts_only(experts):
         same(spoilt[:own], expected[:own])
         copied = run(jnp.where(beyond, x[:, own - 1], x), jnp.int32(own))
         same(copied[own:], jnp.repeat(expected[own - 1][None], 8 - own, 0))
+
+
+def test_routed_experts_have_their_kernels_whatever_the_shared_one_is():
+    """In a decode pass on a GPU; seen red when both had to have some."""
+    block, x = packed_moe(), normal(8, 1, 8, 512)
+
+    def lowered() -> str:
+        def run(x):
+            with within(DecodePass(1, jnp.int32(1))):
+                return output(block, x)
+
+        return hopper.lowered(run, x)
+
+    assert all(name in lowered() for name in ("iq2_xxs_gated", "q2_k_"))
+    weight = block.shared_down.weight
+    weight.set_value(jnp.asarray(dequantize(weight.get_value()), jnp.bfloat16))
+    assert all(name in lowered() for name in ("iq2_xxs_gated", "q2_k_"))

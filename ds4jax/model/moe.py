@@ -6,8 +6,6 @@ selection only; ties go to the lowest index, as in ds4.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -73,24 +71,30 @@ class MoE(nnx.Module):
         """
         chosen, share = self.route(x, tokens)
         c, activate = self.config, Swiglu(self.config.swiglu_limit)
-        own, routed = self._shared_weights(), self._stacks()
-        shared = shared_expert_kernel(*own, activate, c.dtype, fixed)
-        run = functools.partial(self._by_kernels, shared, routed, activate)
-        cuda = run if shared and has_expert_kernels(*routed) else None
-        return by_kernel(self._parts, x, chosen, share, cuda=cuda), chosen
+        linears, routed = self._shared_linears(), self._stacks()
+        own = (linear.weight.get_value() for linear in linears)
+        kernel = shared_expert_kernel(*Experts(*own), activate, c.dtype, fixed)
 
-    def _by_kernels(self, shared, routed, activate, width, x, chosen, share):
-        rows, dtype = (x, chosen[0], share[0]), self.config.dtype
-        return moe_by_kernel(*rows, routed, shared, activate, dtype, width)
+        def shared(width, x, after):
+            return kernel(width, x, after) if kernel else self._shared(x)
 
-    def _parts(self, x, chosen, share):
-        activate = Swiglu(self.config.swiglu_limit)
-        hidden = activate(self.shared_gate(x), self.shared_up(x))
-        return self.shared_down(hidden), by_rows(self._routed, x, chosen, share)
+        def kernels(width, x, chosen, share):
+            rows = x, chosen[0], share[0]
+            return moe_by_kernel(*rows, routed, shared, activate, c.dtype, width)
 
-    def _shared_weights(self) -> Experts:
-        gate, up, down = self.shared_gate, self.shared_up, self.shared_down
-        return Experts(*(linear.weight.get_value() for linear in (gate, up, down)))
+        def parts(x, chosen, share):
+            own = by_kernel(self._shared, x, cuda=kernel)
+            return own, by_rows(self._routed, x, chosen, share)
+
+        cuda = kernels if has_expert_kernels(*routed) else None
+        return by_kernel(parts, x, chosen, share, cuda=cuda), chosen
+
+    def _shared(self, x):
+        gate, up, down = self._shared_linears()
+        return down(Swiglu(self.config.swiglu_limit)(gate(x), up(x)))
+
+    def _shared_linears(self):
+        return self.shared_gate, self.shared_up, self.shared_down
 
     def _stacks(self) -> Experts:
         return Experts(*(w.get_value() for w in (self.gate, self.up, self.down)))

@@ -52,7 +52,7 @@ def _start(s: Shape) -> str:
     .reg .b32 pair, tile, next_pair, next_tile, old_pair, old_tile, expert, row, to;
     .reg .b32 bar, shift, a, b, c, positive, negative, x<{x}>, m<{s.limbs}>;
     .reg .b32 grid<{words}>, signs<{words}>, flip<2>, code<8>, w, times;
-    .reg .b64 address, from_gate, from_up, base;
+    .reg .b64 address, base;
     .reg .b16 half<2>;
     .reg .f32 d, f, g, scale<{s.steps}>, sum<{ROWS}>;
     mov.u32 thread, %tid.x;

@@ -269,7 +269,7 @@ def moe_by_kernel(
       expert_ids: of each row.
       share: of each of them.
       routed: of which `has_expert_kernels`.
-      shared: of `shared_expert_kernel`.
+      shared: as what `shared_expert_kernel` gives.
       activation: elementwise.
       dtype: operand type.
       width: how many of the N rows, the first ones, are not copies.
