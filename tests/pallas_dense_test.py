@@ -23,7 +23,12 @@ from pallas_matmul_test import IN, cast, rows, weight
 from ds4jax import synthetic
 from ds4jax.pallas import plain, q8_0
 from ds4jax.pallas.fixed_point import GROUP, fix, fix_gated
-from ds4jax.pallas.matmul import quant_matmul, shared_expert_kernel, two_maps_kernel
+from ds4jax.pallas.matmul import (
+    Experts,
+    quant_matmul,
+    shared_expert_kernel,
+    two_maps_kernel,
+)
 from ds4jax.quant import QuantTensor, dequantize
 
 
@@ -126,7 +131,9 @@ def test_a_shared_expert(dtype):
         synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)
     )
     x = rows(ROWS)
-    kernel = shared_expert_kernel(gate, up, down, swiglu, dtype, interpret=True)
+    kernel = shared_expert_kernel(
+        Experts(gate, up, down), swiglu, dtype, interpret=True
+    )
     assert kernel
     product = functools.partial(quant_matmul, dtype=dtype)
     expected = product(swiglu(product(x, gate), product(x, up)), down)
@@ -140,7 +147,7 @@ def test_a_shared_expert(dtype):
 def test_a_shared_expert_of_other_weights_has_no_kernel():
     own = [weight(name, 24) for name in ("Q8_0", "Q4_K")]
     found = [(own[i == 0], own[i == 1], own[i == 2]) for i in range(3)]
-    assert not any(shared_expert_kernel(*w, swiglu, "float32") for w in found)
+    assert not any(shared_expert_kernel(Experts(*w), swiglu, "float32") for w in found)
 
 
 @DTYPES

@@ -277,7 +277,7 @@ def test_moe_by_kernel(gated, down):
     x, ids = rows(2), jnp.asarray([[1, 0], [2, 1]])
     share = normal(2, 2, 2)
     own = [synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in (3, 4, 5)]
-    shared = shared_expert_kernel(*Experts(*own), swiglu, "float32", interpret=True)
+    shared = shared_expert_kernel(Experts(*own), swiglu, "float32", interpret=True)
     assert shared
     found = moe_by_kernel(
         x[None], ids, share, Experts(gate, up, back), shared, swiglu, "float32", 2,
@@ -292,7 +292,7 @@ def test_moe_by_kernel(gated, down):
 
 def test_other_weights_have_no_kernels():
     q8_0, q6_k = (weight(name, EXPERTS, 24) for name in ("Q8_0", "Q6_K"))
-    assert has_expert_kernels(q8_0, q8_0, weight("Q2_K", EXPERTS, 24))
-    assert not has_expert_kernels(q8_0, q8_0, q6_k)
-    assert not has_expert_kernels(q8_0, q8_0, weight("F16", EXPERTS, 24))
-    assert not has_expert_kernels(q8_0, weight("Q2_K", EXPERTS, 24), q8_0)
+    assert has_expert_kernels(Experts(q8_0, q8_0, weight("Q2_K", EXPERTS, 24)))
+    assert not has_expert_kernels(Experts(q8_0, q8_0, q6_k))
+    assert not has_expert_kernels(Experts(q8_0, q8_0, weight("F16", EXPERTS, 24)))
+    assert not has_expert_kernels(Experts(q8_0, weight("Q2_K", EXPERTS, 24), q8_0))

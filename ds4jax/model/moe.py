@@ -72,8 +72,8 @@ class MoE(nnx.Module):
         chosen, share = self.route(x, tokens)
         c, activate = self.config, Swiglu(self.config.swiglu_limit)
         linears, routed = self._shared_linears(), self._stacks()
-        own = (linear.weight.get_value() for linear in linears)
-        kernel = shared_expert_kernel(*Experts(*own), activate, c.dtype, fixed)
+        expert = Experts(*(linear.weight.get_value() for linear in linears))
+        kernel = shared_expert_kernel(expert, activate, c.dtype, fixed)
 
         def shared(width, x, after):
             return kernel(width, x, after) if kernel else self._shared(x)
@@ -86,7 +86,7 @@ class MoE(nnx.Module):
             own = by_kernel(self._shared, x, cuda=kernel)
             return own, by_rows(self._routed, x, chosen, share)
 
-        cuda = kernels if has_expert_kernels(*routed) else None
+        cuda = kernels if has_expert_kernels(routed) else None
         return by_kernel(parts, x, chosen, share, cuda=cuda), chosen
 
     def _shared(self, x):

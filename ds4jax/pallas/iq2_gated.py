@@ -108,12 +108,10 @@ def operands(x: FixedPoint, gate: QuantTensor, up: QuantTensor) -> list[Array]:
 def _table() -> UInt32[np.ndarray, "320"]:
     """Return the codes of the grid's rows, then what they stand for, for each lane.
 
-    Bits 0 and 1 of nibble i are the code of weight i.  Four weights are bytes that
-    `prmt` picks from two words by nibbles, bit 2 of which says that one is negative.
+    Bits 0 and 1 of nibble i are the code of weight i.
     """
     codes = iq2_xxs.codes().astype(np.uint32) * iq2_xxs.SPREAD & 0x33333333
-    weights = [0x002B1908, 0x00D5E7F8]
-    return np.concatenate([codes, weights * LANES]).astype(np.uint32)
+    return np.concatenate([codes, iq2_xxs.PICKED * LANES]).astype(np.uint32)
 
 
 def _carry(text: str):

@@ -33,6 +33,10 @@ SPREAD = 0x4001
 """What a row's 16 bits are multiplied by to be eight nibbles."""
 
 
+PICKED = 0x002B1908, 0x00D5E7F8
+"""Bytes that `prmt` picks by a nibble: a code's weight, where bit 2 is set negative."""
+
+
 def codes() -> np.ndarray:
     """Return the codes of the grid's rows, uint16 [256].
 
@@ -145,7 +149,8 @@ def _byte(words: Array, j: int, interpret: bool) -> Array:
 def _pick(selector: Array, interpret: bool) -> Array:
     """Return the four weights that four nibbles say, as signed bytes."""
     if not interpret:
-        found = assembly("prmt.b32 $0, 0x002B1908, 0x00D5E7F8, $1;", selector)
+        weights = ", ".join(f"0x{word:08X}" for word in PICKED)
+        found = assembly(f"prmt.b32 $0, {weights}, $1;", selector)
         return jax.lax.bitcast_convert_type(found, jnp.uint32)
     nibble = selector[..., None] >> 4 * jnp.arange(4, dtype=jnp.uint32)
     code = nibble & 3

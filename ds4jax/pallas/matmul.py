@@ -231,12 +231,6 @@ def expert_matmul(
     return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
 
 
-def has_expert_kernels(gate: Weight, up: Weight, down: Weight) -> bool:
-    """Say whether `moe_by_kernel` is for these experts."""
-    formats = [w.format if isinstance(w, QuantTensor) else "" for w in (gate, up, down)]
-    return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
-
-
 class Experts(NamedTuple):
     """The weights of one expert, or of a stack of them.
 
@@ -248,6 +242,12 @@ class Experts(NamedTuple):
     gate: Weight
     up: Weight
     down: Weight
+
+
+def has_expert_kernels(routed: Experts) -> bool:
+    """Say whether `moe_by_kernel` is for these experts."""
+    formats = [w.format if isinstance(w, QuantTensor) else "" for w in routed]
+    return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
 
 
 def moe_by_kernel(
@@ -275,7 +275,9 @@ def moe_by_kernel(
       width: how many of the N rows, the first ones, are not copies.
       interpret: without a GPU.
     """
-    gate, up, down = (w for w in routed if isinstance(w, QuantTensor))
+    gate, up, down = routed
+    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
+    assert isinstance(down, QuantTensor)
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
     fixed = fix(x[0], dtype, order, interpret=interpret)
     hidden = experts.gated(
@@ -290,9 +292,7 @@ def moe_by_kernel(
 
 
 def shared_expert_kernel(
-    gate: Weight,
-    up: Weight,
-    down: Weight,
+    expert: Experts,
     activation: Callable[[Array, Array], Array],
     dtype: str,
     fixed: FixedPoint | None = None,
@@ -304,12 +304,13 @@ def shared_expert_kernel(
     It may be given what the second launch is to wait for, too.
 
     Args:
-      gate, up, down: [F, In] twice and [Out, F].
+      expert: the shared one.
       activation: elementwise.
       dtype: operand type.
       fixed: as of `quant_matmuls`.
       interpret: without a GPU.
     """
+    gate, up, down = expert
     if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
         return None
 
