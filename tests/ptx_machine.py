@@ -1,8 +1,8 @@
 """A machine for programs in PTX, as far as ours go: what a GPU would do, one by one.
 
-Warps take turns at random, and copies arrive at random, so a program that does not wait
-where it has to goes wrong.  All branches are of whole warps.  What nobody wrote cannot
-be read: a register is missing, memory is full of ones.
+Programs run beside each other, warps take turns at random, and copies arrive at random,
+so a program that does not wait where it has to goes wrong.  All branches are of whole
+warps.  What nobody wrote cannot be read: a register is missing, memory is full of ones.
 """
 
 from __future__ import annotations
@@ -169,6 +169,7 @@ class Machine:
         """
         self.operands, self.shared, self.warps = operands, shared, warps
         self.memory = [array.reshape(-1).view(np.uint8) for array in operands]
+        self.vain = 0
         self.code, self.labels, self.types = [], {}, {}
         for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
             words = part.strip(" \n;:")
@@ -186,9 +187,18 @@ class Machine:
                 self.code.append((guard[1:], name, rest))
 
     def run(self, programs: int, seed: int = 0):
-        """Run so many programs, one after the other."""
-        for number in range(programs):
-            Program(self, number, random.Random(seed + number)).run()
+        """Run so many programs until all have ended."""
+        chance = random.Random(seed)
+        live = [Program(self, number, chance) for number in range(programs)]
+        while live:
+            program = chance.choice(live)
+            if not program.take_turn():
+                live.remove(program)
+
+    def note(self, done: bool):
+        """Note what a wait found, or that something came about that others wait for."""
+        self.vain = 0 if done else self.vain + 1
+        assert self.vain < PATIENCE, "all wait for each other"
 
 
 class Program:
@@ -200,22 +210,21 @@ class Program:
         self.barriers, self.copies = {}, []
         self.files = [{} for _ in range(machine.warps)]
         self.at = [0] * machine.warps
-        self.waiting, self.vain = set(), 0
+        self.live, self.waiting = set(range(machine.warps)), set()
 
-    def run(self):
-        """Let warps and copies take turns until all have ended."""
-        live = set(range(self.machine.warps))
-        while live:
-            if self.copies and self.chance.random() < 0.3:
-                self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
-            if self.waiting == live:
-                self.waiting.clear()
-            warp = self.chance.choice(sorted(live - self.waiting))
-            for _ in range(self.chance.randrange(1, TURN)):
-                if self.at[warp] == len(self.machine.code):
-                    live.discard(warp)
-                if warp not in live or not self.step(warp):
-                    break
+    def take_turn(self) -> bool:
+        """Let a copy arrive, or none, and a warp run; say whether any has not ended."""
+        if self.copies and self.chance.random() < 0.3:
+            self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
+        if self.waiting == self.live:
+            self.waiting.clear()
+        warp = self.chance.choice(sorted(self.live - self.waiting))
+        for _ in range(self.chance.randrange(1, TURN)):
+            if self.at[warp] == len(self.machine.code):
+                self.live.discard(warp)
+            if warp not in self.live or not self.step(warp):
+                break
+        return bool(self.live)
 
     def arrive(self, source, to, size, barrier):
         """Let a copy arrive."""
@@ -248,6 +257,12 @@ class Program:
             return False
         elif name.startswith(("ld.", "st.")):
             self.move(warp, name, operands, on)
+            if name.startswith("ld.acquire."):
+                # Whoever looks at this again and again lets others run between.
+                self.machine.note(False)
+                return False
+        elif name.startswith("red.release."):
+            self.count(warp, operands, on)
         elif name.startswith(("mbarrier.", "cp.async")):
             return self.synchronize(warp, name, operands, on)
         elif not name.startswith(ORDERS):
@@ -308,6 +323,16 @@ class Program:
             else:
                 view[index] = self.value(warp, register)[on]
 
+    def count(self, warp, operands, on):
+        """Add to a number in memory for each lane."""
+        place, value = operands
+        for address, more in zip(
+            self.address(warp, place)[on], self.value(warp, value)[on], strict=True
+        ):
+            memory, start = self.locate(address)
+            memory.view(np.uint32)[start // 4] += more
+        self.machine.note(True)
+
     def synchronize(self, warp, name, operands, on) -> bool:
         """Use a barrier, or have something copied."""
         if name.startswith("mbarrier.try_wait"):
@@ -315,8 +340,7 @@ class Program:
             barrier = self.barriers[int(self.address(warp, place)[0])]
             done = barrier.phase != self.value(warp, phase)[0]
             self.write(warp, to, np.full(LANES, done), on)
-            self.vain = 0 if done else self.vain + 1
-            assert self.vain < PATIENCE, "all wait for each other"
+            self.machine.note(done)
             return bool(done)
         if not on.any():
             return True

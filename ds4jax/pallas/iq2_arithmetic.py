@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, unit
-from ds4jax.pallas.iq2_shape import BLOCK, LANES, ROWS, Shape
+from ds4jax.pallas.iq2_shape import BLOCK, ROWS, Shape
+from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
 
 
 def read(s: Shape, row: int) -> str:
@@ -69,7 +70,7 @@ def multiply(s: Shape, own: int, row: int, step: int) -> str:
         text += f"""
     mul.lo.s32 m2, m2, times;
     cvt.rn.f32.s32 g, m2;
-    fma.rn.f32 f, f, {_float(256.0)}, g;"""
+    fma.rn.f32 f, f, {number(256.0)}, g;"""
     if step == 0:
         text += f"\n    mul.f32 sum{row}, f, scale0;"
     else:
@@ -97,22 +98,22 @@ def add_up() -> str:
     add.f32 sum{low}, sum{low}, f;"""
         live, bit = live[:half], bit // 2
     while bit:
-        text += _add_lanes("sum0", "f", bit)
+        text += add_lanes("sum0", "f", bit)
         bit //= 2
     # Weights were multiplied by eight times their scale, a whole number.
-    return text + f"\n    mul.f32 sum0, sum0, {_float(1 / 8)};"
+    return text + f"\n    mul.f32 sum0, sum0, {number(1 / 8)};"
 
 
 def activate(s: Shape) -> str:
     """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
     return f"""
     shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
-    min.f32 sum0, sum0, {_float(s.limit)};
-    min.f32 g, g, {_float(s.limit)};
-    max.f32 g, g, {_float(-s.limit)};
-    mul.f32 f, sum0, {_float(-np.log2(np.e))};
+    min.f32 sum0, sum0, {number(s.limit)};
+    min.f32 g, g, {number(s.limit)};
+    max.f32 g, g, {number(-s.limit)};
+    mul.f32 f, sum0, {number(-np.log2(np.e))};
     ex2.approx.f32 f, f;
-    add.f32 f, f, {_float(1.0)};
+    add.f32 f, f, {number(1.0)};
     div.rn.f32 sum0, sum0, f;
     mul.f32 sum0, sum0, g;"""
 
@@ -138,8 +139,8 @@ def finish(s: Shape) -> str:
     max.u32 a, a, {np.float32(2.0**-100).view(np.uint32)};
     mov.b32 d, a;
     div.rn.f32 g, f, d;
-    mul.f32 g, g, {_float(unit(limbs))};
-    add.f32 g, g, {_float(0.5)};
+    mul.f32 g, g, {number(unit(limbs))};
+    add.f32 g, g, {number(0.5)};
     cvt.rmi.s32.f32 w, g;
     rem.u32 a, old_tile, {levels};
     div.u32 b, old_tile, {levels};
@@ -169,12 +170,12 @@ def finish(s: Shape) -> str:
     @alone st.global.b32 [address], a;"""
     text += f"""
     mad.lo.u32 to, old_pair, {s.tiles}, to;
-    mul.f32 d, d, {_float(1 / unit(limbs))};
+    mul.f32 d, d, {number(1 / unit(limbs))};
     mov.b64 base, %to_scale;
     mad.wide.u32 address, to, 4, base;
     @first st.global.f32 [address], d;"""
     for bit in (1, 2, 4, 8):
-        text += _add_lanes("f", "g", bit)
+        text += add_lanes("f", "g", bit)
     return (
         text
         + f"""
@@ -186,19 +187,3 @@ def finish(s: Shape) -> str:
     mad.wide.u32 address, a, 4, base;
     @p st.global.f32 [address], f;"""
     )
-
-
-def _add_lanes(value: str, other: str, bit: int) -> str:
-    return f"""
-    shfl.sync.bfly.b32 {other}, {value}, {bit}, 31, 0xffffffff;
-    add.f32 {value}, {value}, {other};"""
-
-
-def registers(name: str, first: int, count: int) -> str:
-    """Return registers that are loaded together."""
-    return f"{{{', '.join(f'{name}{first + i}' for i in range(count))}}}"
-
-
-def _float(value: float) -> str:
-    """Return a number as PTX has it: the bits of a float32."""
-    return f"0f{np.float32(value).view(np.uint32):08X}"

@@ -2,8 +2,7 @@
 
 `experts.gated` by Triton waits for weights in registers, and looks codes up through the
 L1 cache.  Here the copy engine brings weights into shared memory, a task ahead, and
-every lane has a table of codes for itself: neither can be said to Triton.  Mosaic GPU
-carries the text of a program into XLA's.
+every lane has a table of codes for itself: neither can be said to Triton.
 
 On an H200 gate and up of six experts of 2048 x 4096, SwiGLU and fixed point among it,
 take 13.1 us and those of two rows 22.3, where Triton's route (`iq2_xxs`) takes 19.3 and
@@ -12,24 +11,17 @@ take 13.1 us and those of two rows 22.3, where Triton's route (`iq2_xxs`) takes 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu.utils import memref_ptr
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Int, UInt32
 
-from ds4jax.pallas import iq2_xxs
+from ds4jax.pallas import iq2_xxs, ptx
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes
 from ds4jax.pallas.iq2_program import program
-from ds4jax.pallas.iq2_shape import LANES, WARPS, Shape
+from ds4jax.pallas.iq2_shape import WARPS, Shape
+from ds4jax.pallas.ptx import LANES
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import QuantTensor
-
-_SHARED = 227 * 1024
-"""Bytes of shared memory that a program can have on Hopper."""
 
 
 def programs(gate: QuantTensor, activation: object) -> int:
@@ -37,11 +29,7 @@ def programs(gate: QuantTensor, activation: object) -> int:
 
     0 if it is not for these experts, or not for the device that there is.
     """
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
-        return 0
-    can_run = float(device.compute_capability) >= 9 and serves(gate, activation)
-    return device.core_count if can_run else 0
+    return ptx.programs() if serves(gate, activation) else 0
 
 
 def serves(gate: QuantTensor, activation: object) -> bool:
@@ -52,7 +40,9 @@ def serves(gate: QuantTensor, activation: object) -> bool:
     # A lane loads its groups of a row at once, and they share a `d`.
     lane, rest = divmod(width // GROUP, LANES)
     shape = Shape(1, 1, out, width // GROUP, 2, Order(), "bfloat16", 0, 1)
-    return not rest and lane in (2, 4) and out % GROUP == 0 and shape.shared <= _SHARED
+    return (
+        not rest and lane in (2, 4) and out % GROUP == 0 and shape.shared <= ptx.SHARED
+    )
 
 
 def gated(
@@ -78,24 +68,15 @@ def gated(
         width * each, each, gate.shape[1], x.scale.shape[1], x.words.shape[1], order,
         dtype, activation.limit, programs,
     )  # fmt: skip
-    text = program(shape)
-
-    def iq2_xxs_gated(*refs):
-        operands = (plgpu.RefType(),) * len(refs)
-        plgpu.inline_mgpu(arg_types=operands)(_carry(text))(*refs)
-
-    found = plgpu.kernel(
-        iq2_xxs_gated,
-        out_type=shapes(rows * each, shape.out, dtype, order),
-        scratch_types=[plgpu.SMEM((shape.shared,), jnp.int8)],
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=WARPS // 4,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )(expert_ids.reshape(-1), *operands(x, gate, up))
+    found = ptx.launch(
+        "iq2_xxs_gated",
+        program(shape),
+        [expert_ids.reshape(-1), *operands(x, gate, up)],
+        shapes(rows * each, shape.out, dtype, order),
+        shape.shared,
+        programs,
+        WARPS,
+    )
     return FixedPoint(*found, order=order)
 
 
@@ -112,20 +93,3 @@ def _table() -> UInt32[np.ndarray, "320"]:
     """
     codes = iq2_xxs.codes().astype(np.uint32) * iq2_xxs.SPREAD & 0x33333333
     return np.concatenate([codes, iq2_xxs.PICKED * LANES]).astype(np.uint32)
-
-
-def _carry(text: str):
-    """Return what puts a program into a kernel, given references of its operands."""
-
-    def carry(_, *refs):
-        i64 = ir.IntegerType.get_signless(64)
-        addresses = [llvm.ptrtoint(i64, memref_ptr(ref)) for ref in refs]
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
-            addresses,
-            text,
-            ",".join(["l"] * len(addresses) + ["~{memory}"]),
-            has_side_effects=True,
-        )
-
-    return carry

@@ -16,18 +16,17 @@ from ds4jax.pallas.iq2_arithmetic import (
     look_up,
     multiply,
     read,
-    registers,
 )
 from ds4jax.pallas.iq2_shape import (
     BLOCK,
     EACH,
-    LANES,
     OPERANDS,
     ROWS,
     TABLE,
     WARPS,
     Shape,
 )
+from ds4jax.pallas.ptx import LANES, registers, wait
 
 
 def program(s: Shape) -> str:
@@ -191,7 +190,7 @@ LOOP:
     mad.lo.u32 at_d, warp, {ROWS // 2 * s.groups // BLOCK * 2}, here;
     div.u32 a, lane, {BLOCK // s.steps};
     mad.lo.u32 at_d, a, 2, at_d;"""
-        + _wait("COPIED", "bar", "phase")
+        + wait("COPIED", "bar", "phase")
         + f"""
     and.b32 a, number, {WARPS - 1};
     setp.ne.u32 p, a, warp;
@@ -252,13 +251,6 @@ LOOP:
     )
 
 
-def _wait(label: str, barrier: str, phase: str) -> str:
-    return f"""
-{label}:
-    mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {phase};
-    @!p bra {label};"""
-
-
 def _settle(s: Shape, label: str) -> str:
     """Wait until all warps have settled the task before this.
 
@@ -270,4 +262,4 @@ def _settle(s: Shape, label: str) -> str:
     mad.lo.u32 b, b, 8, shared;
     add.u32 b, b, {s.settled};
     shr.u32 c, c, 1;
-    and.b32 c, c, 1;""" + _wait(label, "b", "c")
+    and.b32 c, c, 1;""" + wait(label, "b", "c")

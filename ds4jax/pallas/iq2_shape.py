@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP, Order
+from ds4jax.pallas.ptx import LANES
 
 OPERANDS = (
     "ids", "words", "scale", "table", "gate_grid", "gate_signs", "gate_d", "up_grid",
@@ -15,7 +16,6 @@ OPERANDS = (
 WARPS = 8
 """Of a program: a thread for each entry of the table."""
 
-LANES = 32
 BLOCK = 8
 """Groups that share a `d`."""
 
