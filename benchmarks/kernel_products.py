@@ -15,11 +15,12 @@ from kernel_case import DTYPE, Case, normal
 
 from ds4jax import synthetic
 from ds4jax.model.cache import DECODE_ROWS
-from ds4jax.pallas import experts, q8_0
+from ds4jax.pallas import experts, moe_ptx, q8_0
 from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.matmul import (
     expert_matmul,
     grouped_matmul,
+    quant_matmul,
     quant_matmuls,
 )
 from ds4jax.pallas.passes import DecodePass, within
@@ -155,6 +156,43 @@ def down(format: str, what: str) -> Case:
     )  # fmt: skip
 
 
+def moe() -> Case:
+    """Return the case of all experts but for the shared one's gate and up."""
+
+    def draw():
+        x, hidden = (normal(i, DECODE_ROWS, k) for i, k in enumerate((HIDDEN, FFN)))
+        up, down = (EXPERTS, FFN, HIDDEN), (EXPERTS, HIDDEN, FFN)
+        shapes = ("IQ2_XXS", up), ("IQ2_XXS", up), ("Q2_K", down), ("Q8_0", down[1:])
+        weights = [random_weight(i, *shape) for i, shape in enumerate(shapes, 2)]
+        share = normal(1, DECODE_ROWS, USED)
+        return x, hidden, experts.Experts(*weights[:3]), weights[3], chosen(), share
+
+    def run(width, x, hidden, routed, shared, ids, share):
+        x = fix(x, DTYPE, experts.FORMATS[routed.gate.format].order)
+        programs = moe_ptx.programs(routed, shared, ACTIVATION, USED)
+        return moe_ptx.multiply(
+            x, fix(hidden, DTYPE), routed, shared, ids, share, ACTIVATION, DTYPE, width,
+            programs,
+        )  # fmt: skip
+
+    def xla(x, hidden, routed, shared, ids, share):
+        product = lambda x, w: expert_matmul(x, w, ids, DTYPE)  # noqa: E731
+        found = ACTIVATION(
+            product(x[:, None], routed.gate), product(x[:, None], routed.up)
+        )
+        found = jnp.sum(share[..., None] * product(found, routed.down), 1)
+        return quant_matmul(hidden, shared, DTYPE), found
+
+    def nbytes(width, x, hidden, routed, shared, ids, share):
+        rows = (x.nbytes + hidden.nbytes) // DECODE_ROWS * width
+        return rows + read(routed, width, ids) + shared.nbytes
+
+    return Case(
+        "moe_ptx", "experts, shared down", draw, run, xla, nbytes, WIDTHS, ("fix",),
+        shape=_shape("IQ2_XXS, Q2_K, Q8_0", str(HIDDEN), HIDDEN, 1),
+    )  # fmt: skip
+
+
 def chosen() -> jax.Array:
     """Return the experts of rows, [R, U]; those of WIDTHS choose different ones."""
     most = WIDTHS[-1]
@@ -189,6 +227,7 @@ CASES = [
     dense("Q8_0", "shared down", [4096], 2048),
     gated("IQ2_XXS", "expert gate, up", "Q2_K"),
     down("Q2_K", "expert down, added up"),
+    moe(),
     gated("Q4_K", "expert gate, up", "Q4_K"),
     down("Q4_K", "expert down, added up"),
 ]

@@ -5,13 +5,13 @@ tested here.
 """
 
 import dataclasses
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pallas_kernels_test import near
 
 from ds4jax import assets, gguf, synthetic
 from ds4jax.config import ModelConfig
@@ -19,8 +19,10 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
-from ds4jax.pallas import experts, iq2_gated
-from ds4jax.pallas.fixed_point import LIMBS, Order, fix
+from ds4jax.pallas import moe_ptx
+from ds4jax.pallas.experts import Experts
+from ds4jax.pallas.fixed_point import LIMBS
+from ds4jax.pallas.moe import moe_by_kernel
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.tokenizer import Tokenizer
 
@@ -121,27 +123,38 @@ def test_the_cpu_agrees(packed):
 
 
 @pytest.mark.parametrize("dtype", LIMBS)
-def test_gated_experts_in_ptx_and_by_triton(dtype, monkeypatch):
+def test_experts_in_ptx_and_by_triton(dtype, monkeypatch):
     """The same but for the order of sums; in PTX, the same bits at every width."""
-    gate, up = (
-        synthetic.blocks(jax.random.key(i), "IQ2_XXS", (8, 2048, 4096)) for i in (1, 2)
+    key, up, down = jax.random.key, (2048, 4096), (4096, 2048)
+    gate_up_down = ("IQ2_XXS", up), ("IQ2_XXS", up), ("Q2_K", down)
+    routed = Experts(
+        *(synthetic.blocks(key(i), f, (8, *n)) for i, (f, n) in enumerate(gate_up_down))
     )
-    activation, order = Swiglu(10.0), Order(levels=4)
-    if not iq2_gated.programs(gate, activation):
+    shared = Experts(
+        *(synthetic.blocks(key(i), "Q8_0", n) for i, n in enumerate((up, up, down), 3))
+    )
+    activation = Swiglu(10.0)
+    if not moe_ptx.programs(routed, shared.down, activation, 6):
         pytest.skip("this GPU has no such programs")
-    x = jax.random.normal(jax.random.key(0), (8, 4096))
-    ids = jax.random.randint(jax.random.key(3), (8, 6), 0, 8)
+    x, share = (
+        jax.random.normal(key(6), (1, 8, 4096)),
+        jax.random.normal(key(7), (8, 6)),
+    )
+    ids = jax.random.randint(key(8), (8, 6), 0, 8)
 
-    def run(width):
-        fixed = fix(x, dtype, experts.FORMATS["IQ2_XXS"].order)
-        return experts.gated(fixed, gate, up, ids, activation, dtype, order, width)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(width, x, share):
+        return moe_by_kernel(
+            x, ids, share, routed, shared, lambda x: x, activation, dtype, width
+        )
 
-    whole = run(8)
+    whole = run(8, x, share)
     for width in (1, 2, 3, 4):
-        for part, expected in zip(
-            jax.tree.leaves(run(width)), jax.tree.leaves(whole), strict=True
-        ):
-            same(part[: 6 * width], expected[: 6 * width])
-    monkeypatch.setattr(iq2_gated, "programs", lambda *_: 0)
+        for found, expected in zip(run(width, x, share), whole, strict=True):
+            same(found[0, :width], expected[0, :width])
+            same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
+    monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
-    near(whole, run(8), dtype)
+    for found, expected in zip(whole, run(8, x, share), strict=True):
+        near = {"float32": 1e-5, "bfloat16": 2e-4}[dtype] * np.max(abs(expected))
+        assert np.max(abs(found - expected)) <= near

@@ -22,13 +22,13 @@ from pallas_matmul_test import IN, cast, rows, weight
 
 from ds4jax import synthetic
 from ds4jax.pallas import plain, q8_0
+from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, fix, fix_gated
 from ds4jax.pallas.matmul import (
-    Experts,
     quant_matmul,
-    shared_expert_kernel,
     two_maps_kernel,
 )
+from ds4jax.pallas.moe import has_shared_kernel, shared_by_kernel
 from ds4jax.quant import QuantTensor, dequantize
 
 
@@ -131,10 +131,12 @@ def test_a_shared_expert(dtype):
         synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in range(3)
     )
     x = rows(ROWS)
-    kernel = shared_expert_kernel(
-        Experts(gate, up, down), swiglu, dtype, interpret=True
-    )
-    assert kernel
+    expert = Experts(gate, up, down)
+    assert has_shared_kernel(expert)
+
+    def kernel(width, x):
+        return shared_by_kernel(x, expert, swiglu, dtype, width, interpret=True)
+
     product = functools.partial(quant_matmul, dtype=dtype)
     expected = product(swiglu(product(x, gate), product(x, up)), down)
     whole = kernel(ROWS, x[None])[0]
@@ -147,7 +149,7 @@ def test_a_shared_expert(dtype):
 def test_a_shared_expert_of_other_weights_has_no_kernel():
     own = [weight(name, 24) for name in ("Q8_0", "Q4_K")]
     found = [(own[i == 0], own[i == 1], own[i == 2]) for i in range(3)]
-    assert not any(shared_expert_kernel(Experts(*w), swiglu, "float32") for w in found)
+    assert not any(has_shared_kernel(Experts(*w)) for w in found)
 
 
 @DTYPES

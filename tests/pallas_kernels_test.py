@@ -14,14 +14,10 @@ from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm
 from ds4jax.pallas import experts, hyper_connection, router
+from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
-from ds4jax.pallas.matmul import (
-    Experts,
-    expert_matmul,
-    has_expert_kernels,
-    moe_by_kernel,
-    shared_expert_kernel,
-)
+from ds4jax.pallas.matmul import expert_matmul
+from ds4jax.pallas.moe import has_kernels, moe_by_kernel, shared_by_kernel
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
@@ -276,23 +272,23 @@ def test_moe_by_kernel(gated, down):
     )
     x, ids = rows(2), jnp.asarray([[1, 0], [2, 1]])
     share = normal(2, 2, 2)
-    own = [synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in (3, 4, 5)]
-    shared = shared_expert_kernel(Experts(*own), swiglu, "float32", interpret=True)
-    assert shared
+    own = (synthetic.blocks(jax.random.key(i), "Q8_0", (IN, IN)) for i in (3, 4, 5))
+    shared, routed = Experts(*own), Experts(gate, up, back)
     found = moe_by_kernel(
-        x[None], ids, share, Experts(gate, up, back), shared, swiglu, "float32", 2,
+        x[None], ids, share, routed, shared, lambda x: x, swiglu, "float32", 2,
         interpret=True,
     )  # fmt: skip
     product = lambda x, w: expert_matmul(x, w, ids)  # noqa: E731
     hidden = swiglu(product(x[:, None], gate), product(x[:, None], up))
-    routed = jnp.sum(share[..., None] * product(hidden, back), 1)
-    for part, expected in zip(found, (shared(2, x[None])[0], routed), strict=True):
+    others = jnp.sum(share[..., None] * product(hidden, back), 1)
+    alone = shared_by_kernel(x[None], shared, swiglu, "float32", 2, interpret=True)
+    for part, expected in zip(found, (alone[0], others), strict=True):
         np.testing.assert_allclose(part[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_other_weights_have_no_kernels():
     q8_0, q6_k = (weight(name, EXPERTS, 24) for name in ("Q8_0", "Q6_K"))
-    assert has_expert_kernels(Experts(q8_0, q8_0, weight("Q2_K", EXPERTS, 24)))
-    assert not has_expert_kernels(Experts(q8_0, q8_0, q6_k))
-    assert not has_expert_kernels(Experts(q8_0, q8_0, weight("F16", EXPERTS, 24)))
-    assert not has_expert_kernels(Experts(q8_0, weight("Q2_K", EXPERTS, 24), q8_0))
+    assert has_kernels(Experts(q8_0, q8_0, weight("Q2_K", EXPERTS, 24)))
+    assert not has_kernels(Experts(q8_0, q8_0, q6_k))
+    assert not has_kernels(Experts(q8_0, q8_0, weight("F16", EXPERTS, 24)))
+    assert not has_kernels(Experts(q8_0, weight("Q2_K", EXPERTS, 24), q8_0))

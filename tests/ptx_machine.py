@@ -23,7 +23,12 @@ TURN = 400
 PATIENCE = 10_000
 """Waits after each other, all in vain, before the machine gives up."""
 
+ALL = np.ones(LANES, bool)
+
 TYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
+
+
+LANE, NIBBLES = np.arange(LANES)[:, None], np.arange(0, 16, 4, dtype=np.uint32)
 
 
 def signed(x):
@@ -39,25 +44,24 @@ def bits(x):
 
 
 def of_bytes(words, dtype):
-    return words[:, None].view(dtype).astype(np.int64)
+    return words[:, None].view(dtype).astype(np.int32)
 
 
 def permute(a, b, selector):
     """Return `prmt`: bytes of two words by nibbles, or the sign of one eight times."""
-    both = np.concatenate([of_bytes(a, np.uint8), of_bytes(b, np.uint8)], -1)
-    nibbles = selector[:, None].astype(np.int64) >> np.arange(0, 16, 4) & 15
-    found = np.take_along_axis(both, nibbles & 7, -1)
-    found = np.where(nibbles & 8 > 0, np.where(found & 128 > 0, 255, 0), found)
-    return found.astype(np.uint8).view(np.uint32)[:, 0]
+    both = np.stack([a, b], -1).view(np.uint8)
+    nibbles = selector[:, None] >> NIBBLES & 15
+    found = both[LANE, nibbles & 7]
+    signs = np.where(found & 128 > 0, np.uint8(255), np.uint8(0))
+    return np.where(nibbles & 8 > 0, signs, found).view(np.uint32)[:, 0]
 
 
 def logic(a, b, c, table):
     found = np.zeros_like(a)
-    for case in np.flatnonzero(int(table[0]) >> np.arange(8) & 1):
-        found |= functools.reduce(
-            np.bitwise_and,
-            [x if case & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1))],
-        )
+    for case in range(8):
+        if int(table[0]) >> case & 1:
+            own = (x if case & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
+            found |= functools.reduce(np.bitwise_and, own)
     return found
 
 
@@ -70,9 +74,9 @@ def narrow(x):
     return real(x).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
-def dot(a, b, c):
-    products = of_bytes(a, np.int8) * of_bytes(b, np.int8)
-    return (signed(c) + products.sum(-1)).astype(np.int32).view(np.uint32)
+def dot(a, b, c, kind: type[np.integer] = np.int8):
+    products = of_bytes(a, kind) * of_bytes(b, np.int8)
+    return (signed(c) + products.sum(-1, dtype=np.int32)).view(np.uint32)
 
 
 def fused(a, b, c):
@@ -89,6 +93,7 @@ COMPUTE = {
     "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
     "div.u32": lambda a, b: a // b,
     "rem.u32": lambda a, b: a % b,
+    "min.u32": np.minimum,
     "max.u32": np.maximum,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -100,9 +105,12 @@ COMPUTE = {
     "lop3.b32": logic,
     "prmt.b32": permute,
     "dp4a.s32.s32": dot,
+    "dp4a.u32.s32": functools.partial(dot, kind=np.uint8),
     "mov.u32": lambda a: a,
     "mov.b32": lambda a: a,
     "mov.b64": lambda a: a,
+    "mov.f32": lambda a: a,
+    "neg.f32": lambda a: bits(-real(a)),
     "cvt.u32.u64": lambda a: a.astype(np.uint32),
     "cvt.f32.f16": lambda a: bits(a.view(np.float16)),
     "cvt.rn.f32.s32": lambda a: bits(signed(a)),
@@ -122,6 +130,8 @@ COMPUTE = {
     "setp.lt.u32": lambda a, b: a < b,
     "setp.ge.u32": lambda a, b: a >= b,
     "setp.lt.and.u32": lambda a, b, p: (a < b) & p,
+    "setp.lt.or.u32": lambda a, b, p: (a < b) | p,
+    "setp.ge.and.u32": lambda a, b, p: (a >= b) & p,
     "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
     "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
     "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
@@ -157,18 +167,26 @@ class Machine:
     """
 
     def __init__(
-        self, text: str, operands: Sequence[np.ndarray], shared: int, warps: int
+        self,
+        text: str,
+        operands: Sequence[np.ndarray],
+        shared: int,
+        warps: int,
+        counters: int = 0,
     ):
         """Read a program.
 
         Args:
-          text: with `$i` for the address of operand i, the last being shared memory.
-          operands: the others.
+          text: with `$i` for the address of operand i, then of shared memory and of
+            counters.
+          operands: arrays.
           shared: bytes of shared memory.
           warps: of a program.
+          counters: how many.
         """
         self.operands, self.shared, self.warps = operands, shared, warps
-        self.memory = [array.reshape(-1).view(np.uint8) for array in operands]
+        own = np.zeros(0, np.uint32), np.zeros(counters, np.uint32)
+        self.memory = [a.reshape(-1).view(np.uint8) for a in (*operands, *own)]
         self.vain = 0
         self.code, self.labels, self.types = [], {}, {}
         for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
@@ -184,7 +202,20 @@ class Machine:
             else:
                 guard, words = words.split(" ", 1) if words[0] == "@" else ("", words)
                 name, *rest = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", words)
-                self.code.append((guard[1:], name, rest))
+                rest = [self.constant(operand) for operand in rest]
+                self.code.append((guard[1:], name, COMPUTE.get(name), rest))
+
+    def constant(self, operand: str) -> str | np.ndarray:
+        """Return what an operand is in each lane, if that is known before a run."""
+        if operand[0] == "$":
+            number = int(operand[1:])
+            is_shared = number == len(self.operands)
+            at = SHARED if is_shared else number + 1 << 32
+            return np.full(LANES, at, np.uint64)
+        if not operand[0].isdigit():
+            return operand
+        base = 16 if operand.startswith("0f") else 0
+        return np.full(LANES, int(operand[2:] if base else operand, base), np.uint32)
 
     def run(self, programs: int, seed: int = 0):
         """Run so many programs until all have ended."""
@@ -208,17 +239,25 @@ class Program:
         self.machine, self.number, self.chance = machine, number, chance
         self.shared = np.full(machine.shared, 255, np.uint8)
         self.barriers, self.copies = {}, []
-        self.files = [{} for _ in range(machine.warps)]
+        known = {
+            "%tid.y": 0, "%ntid.x": LANES * machine.warps, "%ctaid.x": number
+        }  # fmt: skip
+        known = {name: np.full(LANES, x, np.uint32) for name, x in known.items()}
+        self.files = [
+            known | {"%tid.x": np.arange(LANES, dtype=np.uint32) + LANES * warp}
+            for warp in range(machine.warps)
+        ]
         self.at = [0] * machine.warps
         self.live, self.waiting = set(range(machine.warps)), set()
+        self.at_barrier = 0
 
     def take_turn(self) -> bool:
         """Let a copy arrive, or none, and a warp run; say whether any has not ended."""
         if self.copies and self.chance.random() < 0.3:
             self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
-        if self.waiting == self.live:
-            self.waiting.clear()
-        warp = self.chance.choice(sorted(self.live - self.waiting))
+        able = sorted(self.live - self.waiting)
+        assert able, "all wait for each other"
+        warp = self.chance.choice(able)
         for _ in range(self.chance.randrange(1, TURN)):
             if self.at[warp] == len(self.machine.code):
                 self.live.discard(warp)
@@ -242,19 +281,21 @@ class Program:
 
     def step(self, warp: int) -> bool:
         """Run a warp's next instruction; say whether it may go on at once."""
-        guard, name, operands = self.machine.code[self.at[warp]]
-        file = self.files[warp]
+        guard, name, compute, operands = self.machine.code[self.at[warp]]
+        file, on = self.files[warp], ALL
         self.at[warp] += 1
-        on = np.ones(LANES, bool)
         if guard:
             on = ~file[guard[1:]] if guard[0] == "!" else file[guard]
+        if compute:
+            to, *read = operands
+            self.write(warp, to, compute(*(self.value(warp, o) for o in read)), on)
+            return True
         if name == "bra":
             assert on.all() or not on.any(), "lanes of a warp part"
             if on.all():
                 self.at[warp] = self.machine.labels[operands[0]]
-        elif name == "bar.sync":
-            self.waiting.add(warp)
-            return False
+        elif name in ("bar.sync", "bar.arrive"):
+            return self.meet(warp, int(operands[-1][0]), name == "bar.sync")
         elif name.startswith(("ld.", "st.")):
             self.move(warp, name, operands, on)
             if name.startswith("ld.acquire."):
@@ -265,41 +306,30 @@ class Program:
             self.count(warp, operands, on)
         elif name.startswith(("mbarrier.", "cp.async")):
             return self.synchronize(warp, name, operands, on)
-        elif not name.startswith(ORDERS):
-            to, *read = operands
-            values = [self.value(warp, operand) for operand in read]
-            self.write(warp, to, COMPUTE[name](*values), on)
+        else:
+            assert name.startswith(ORDERS), name
         return True
 
-    def value(self, warp: int, operand: str) -> np.ndarray:
+    def value(self, warp: int, operand: str | np.ndarray) -> np.ndarray:
         """Return what an operand is in each lane."""
-        if operand in self.machine.types:
+        if not isinstance(operand, str):
+            return operand
+        if operand[0] != "{":
             return self.files[warp][operand]
-        if operand.startswith("{"):  # two halves of a word
-            low, high = (self.value(warp, part) for part in operand[1:-1].split(", "))
-            return low.astype(np.uint32) | high.astype(np.uint32) << 16
-        if operand.startswith("$"):
-            last, number = len(self.machine.operands), int(operand[1:])
-            at = SHARED if number == last else number + 1 << 32
-            return np.full(LANES, at, np.uint64)
-        special = {
-            "%tid.x": np.arange(LANES) + LANES * warp, "%tid.y": 0,
-            "%ntid.x": LANES * self.machine.warps, "%ctaid.x": self.number,
-        }  # fmt: skip
-        if operand in special:
-            return np.full(LANES, special[operand], np.uint32)
-        base = 16 if operand.startswith("0f") else 0
-        return np.full(LANES, int(operand[2:] if base else operand, base), np.uint32)
+        low, high = operand[1:-1].split(", ")  # two halves of a word
+        low, high = (self.value(warp, self.machine.constant(o)) for o in (low, high))
+        return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
     def write(self, warp: int, to: str, value: np.ndarray, on: np.ndarray):
         """Write a register, in some lanes, which then has to be there."""
         file, value = self.files[warp], np.asarray(value, self.machine.types[to])
-        file[to] = value if on.all() else np.where(on, value, file[to])
+        whole = on is ALL or on.all()
+        file[to] = value if whole else np.where(on, value, file[to])
 
     def address(self, warp: int, operand: str) -> np.ndarray:
         """Return the addresses that `[register+offset]` is."""
         base, _, offset = operand[1:-1].partition("+")
-        return self.value(warp, base).astype(np.uint64) + np.uint64(offset or 0)
+        return self.files[warp][base].astype(np.uint64) + np.uint64(offset or 0)
 
     def move(self, warp, name, operands, on):
         """Load or store."""
@@ -322,6 +352,16 @@ class Program:
                 self.write(warp, register, found, on)
             else:
                 view[index] = self.value(warp, register)[on]
+
+    def meet(self, warp: int, threads: int, waits: bool) -> bool:
+        """Come to where so many threads meet; say whether to go on at once."""
+        self.at_barrier += LANES
+        if self.at_barrier == threads:
+            self.at_barrier = 0
+            self.waiting.clear()
+        elif waits:
+            self.waiting.add(warp)
+        return not waits
 
     def count(self, warp, operands, on):
         """Add to a number in memory for each lane."""

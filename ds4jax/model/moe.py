@@ -14,15 +14,14 @@ from jaxtyping import Array, Float, Int
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights
 from ds4jax.pallas import expert_tiles, router
+from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import FixedPoint
-from ds4jax.pallas.matmul import (
-    Experts,
-    every_expert_matmul,
-    expert_matmul,
-    experts_in_groups,
-    has_expert_kernels,
+from ds4jax.pallas.matmul import every_expert_matmul, expert_matmul, experts_in_groups
+from ds4jax.pallas.moe import (
+    has_kernels,
+    has_shared_kernel,
     moe_by_kernel,
-    shared_expert_kernel,
+    shared_by_kernel,
 )
 from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
 from ds4jax.pallas.swiglu import Swiglu
@@ -73,20 +72,23 @@ class MoE(nnx.Module):
         c, activate = self.config, Swiglu(self.config.swiglu_limit)
         linears, routed = self._shared_linears(), self._stacks()
         expert = Experts(*(linear.weight.get_value() for linear in linears))
-        kernel = shared_expert_kernel(expert, activate, c.dtype, fixed)
-
-        def shared(width, x, after):
-            return kernel(width, x, after) if kernel else self._shared(x)
 
         def kernels(width, x, chosen, share):
-            rows = x, chosen[0], share[0]
-            return moe_by_kernel(*rows, routed, shared, activate, c.dtype, width)
+            return moe_by_kernel(
+                x, chosen[0], share[0], routed, expert, self._shared, activate, c.dtype,
+                width, fixed,
+            )  # fmt: skip
+
+        def shared_kernel(width, x):
+            assert has_shared_kernel(expert)
+            return shared_by_kernel(x, expert, activate, c.dtype, width, fixed)
 
         def parts(x, chosen, share):
-            own = by_kernel(self._shared, x, cuda=kernel)
+            cuda = shared_kernel if has_shared_kernel(expert) else None
+            own = by_kernel(self._shared, x, cuda=cuda)
             return own, by_rows(self._routed, x, chosen, share)
 
-        cuda = kernels if has_expert_kernels(routed) else None
+        cuda = kernels if has_kernels(routed) else None
         return by_kernel(parts, x, chosen, share, cuda=cuda), chosen
 
     def _shared(self, x):

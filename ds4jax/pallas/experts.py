@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import iq2_gated, iq2_xxs, k_quants
+from ds4jax.pallas import iq2_xxs, k_quants
 from ds4jax.pallas.dense import divisor
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
-from ds4jax.pallas.swiglu import Swiglu
+from ds4jax.pallas.passes import Weight
 from ds4jax.quant import QuantTensor
+
+W = TypeVar("W", bound=Weight)
+"""Weights of one kind."""
+
+
+class Experts(NamedTuple, Generic[W]):
+    """The weights of one expert, or of a stack of them.
+
+    Attributes:
+      gate, up: [*E, F, In].
+      down: [*E, Out, F].
+    """
+
+    gate: W
+    up: W
+    down: W
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,12 +239,6 @@ def gated(
     """
     format = FORMATS[gate.format]
     assert gate.format == up.format and x.order == format.order
-    if programs := 0 if interpret else iq2_gated.programs(gate, activation):
-        assert isinstance(activation, Swiglu)
-        return iq2_gated.gated(
-            x, gate, up, expert_ids, activation, dtype, order, width or len(expert_ids),
-            programs,
-        )  # fmt: skip
     n = gate.shape[1]
     rows, each = expert_ids.shape
     warps = warps or format.gated_warps

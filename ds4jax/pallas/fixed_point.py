@@ -119,7 +119,6 @@ def fix_gated(
     up: Float[Array, "R F"],
     activation: Callable[[Array, Array], Array],
     dtype: str,
-    after: Array | None = None,
     *,
     interpret: bool = False,
 ) -> FixedPoint:
@@ -129,13 +128,12 @@ def fix_gated(
       gate, up: the rows.
       activation: elementwise.
       dtype: one of LIMBS.
-      after: what is to be there before it is launched, though nobody reads it.
       interpret: without a GPU.
     """
-    return _fix([gate, up], activation, dtype, Order(), None, interpret, after)
+    return _fix([gate, up], activation, dtype, Order(), None, interpret)
 
 
-def _fix(arrays, of, dtype, order, norm, interpret, after=None):
+def _fix(arrays, of, dtype, order, norm, interpret):
     """Return `of(*arrays)`, elementwise, as fixed-point numbers."""
     rows, width = arrays[0].shape
     groups = width // GROUP
@@ -159,7 +157,6 @@ def _fix(arrays, of, dtype, order, norm, interpret, after=None):
         )(
             *(x.reshape(rows, *shape) for x in arrays),
             *norms,
-            *([] if after is None else [after]),
         ),
         order=order,
     )  # fmt: skip
@@ -167,8 +164,7 @@ def _fix(arrays, of, dtype, order, norm, interpret, after=None):
 
 def _kernel(
     *refs,  # of the arrays [R, G, 2, 4, 4]: halves of a group, their words, the bytes
-    # of a word; of a norm its weight [G, 2, 4, 4]; of what is not read; then of the
-    # arrays of `shapes`
+    # of a word; of a norm its weight [G, 2, 4, 4]; then of the arrays of `shapes`
     of, count, dtype, order, at_once, eps,
 ):  # fmt: skip
     arrays, others, found = refs[:count], refs[count:-3], refs[-3:]

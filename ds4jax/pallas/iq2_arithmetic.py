@@ -1,4 +1,4 @@
-"""What a warp of `iq2_gated`'s programs computes, in PTX: products, and their SwiGLU.
+"""What `moe_ptx`'s programs compute of gate and up, in PTX: products, their SwiGLU.
 
 Nothing is converted: codes and signs are nibbles by which `prmt` picks four weights.
 """
@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4jax.pallas.fixed_point import GROUP, LIMBS, unit
-from ds4jax.pallas.iq2_shape import BLOCK, ROWS, Shape
+from ds4jax.pallas.fixed_point import GROUP, unit
+from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
+from ds4jax.pallas.moe_slots import tell
 from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
 
 
 def read(s: Shape, row: int) -> str:
     """Read a lane's groups of a row."""
-    half, line = divmod(row, ROWS // 2)
-    line = (half * GROUP + line) * s.groups
+    (_, grid), (_, signs), (_, d) = s.gated_planes
+    which, line = divmod(row, ROWS // 2)
+    half, line = divmod(line, ROWS // 4)
+    line = which * HALF + line * WARPS
     own, first = row % 2, row % 2 * s.steps
-    grid, signs = (registers(name, first, s.steps) for name in ("grid", "signs"))
+    words, flips = (registers(name, first, s.steps) for name in ("grid", "signs"))
+    at = half * s.gated + line * s.groups * 4
+    at_d = half * s.gated + 2 * (grid + signs) + line * (d // HALF)
     return f"""
-    ld.shared.v{s.steps}.b32 {grid}, [at+{4 * line}];
-    ld.shared.v{s.steps}.b32 {signs}, [at+{s.plane + 4 * line}];
-    ld.shared.b16 half{own}, [at_d+{2 * s.plane + 2 * line // BLOCK}];"""
+    ld.shared.v{s.steps}.b32 {words}, [at+{at}];
+    ld.shared.v{s.steps}.b32 {flips}, [at+{at + 2 * grid}];
+    ld.shared.b16 half{own}, [at_d+{at_d}];"""
 
 
 def look_up(s: Shape, own: int, row: int, step: int) -> str:
@@ -82,31 +87,11 @@ def multiply(s: Shape, own: int, row: int, step: int) -> str:
     return text
 
 
-def add_up() -> str:
-    """Add up the lanes' sums: lane i is left with that of row i / EACH."""
-    text, live, bit = "", list(range(ROWS)), LANES // 2
-    while len(live) > 1:
-        half = len(live) // 2
-        text += f"""
-    and.b32 a, lane, {bit};
-    setp.ne.u32 p, a, 0;"""
-        for low, high in zip(live[:half], live[half:], strict=True):
-            text += f"""
-    selp.f32 f, sum{low}, sum{high}, p;
-    selp.f32 sum{low}, sum{high}, sum{low}, p;
-    shfl.sync.bfly.b32 f, f, {bit}, 31, 0xffffffff;
-    add.f32 sum{low}, sum{low}, f;"""
-        live, bit = live[:half], bit // 2
-    while bit:
-        text += add_lanes("sum0", "f", bit)
-        bit //= 2
-    # Weights were multiplied by eight times their scale, a whole number.
-    return text + f"\n    mul.f32 sum0, sum0, {number(1 / 8)};"
-
-
 def activate(s: Shape) -> str:
     """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
+    # Weights were multiplied by eight times their scale, a whole number.
     return f"""
+    mul.f32 sum0, sum0, {number(1 / 8)};
     shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
     min.f32 sum0, sum0, {number(s.limit)};
     min.f32 g, g, {number(s.limit)};
@@ -119,14 +104,13 @@ def activate(s: Shape) -> str:
 
 
 def finish(s: Shape) -> str:
-    """Write a group of the last task in fixed point, as `fixed_point.store` does."""
-    limbs, levels = LIMBS[s.dtype], s.order.levels
+    """Write the group of a task in fixed point, as `fixed_point.store` does."""
+    limbs, levels = s.limbs, ORDER.levels
     text = f"""
-    sub.u32 a, number, 1;
-    and.b32 a, a, 1;
+    and.b32 a, number, 1;
     mad.lo.u32 a, a, {4 * GROUP}, shared;
     mad.lo.u32 a, lane, 4, a;
-    ld.shared.f32 f, [a+{s.values}];"""
+    ld.shared.f32 f, [a+{s.values}];""" + tell(s.read, "number")
     if s.dtype == "bfloat16":
         text += """
     cvt.rn.bf16.f32 half0, f;
@@ -138,12 +122,13 @@ def finish(s: Shape) -> str:
     redux.sync.max.u32 a, a, 0xffffffff;
     max.u32 a, a, {np.float32(2.0**-100).view(np.uint32)};
     mov.b32 d, a;
-    div.rn.f32 g, f, d;
-    mul.f32 g, g, {number(unit(limbs))};
+    sub.u32 a, {(254 << 23) + (int(np.log2(unit(limbs))) << 23)}, a;
+    mov.b32 g, a;
+    mul.f32 g, f, g;
     add.f32 g, g, {number(0.5)};
     cvt.rmi.s32.f32 w, g;
-    rem.u32 a, old_tile, {levels};
-    div.u32 b, old_tile, {levels};
+    and.b32 a, tile, {levels - 1};
+    shr.u32 b, tile, {levels.bit_length() - 1};
     mad.lo.u32 to, a, {s.tiles // levels}, b;
     and.b32 shift, lane, 3;
     setp.eq.u32 alone, shift, 0;
@@ -160,18 +145,17 @@ def finish(s: Shape) -> str:
     or.b32 a, a, b;
     shfl.sync.bfly.b32 b, a, 2, 31, 0xffffffff;
     or.b32 a, a, b;
-    mad.lo.u32 b, old_pair, {limbs}, {limb};"""
-        ways = [("to", s.tiles), ("row", 8)]
-        for index, count in reversed(ways) if s.order.by_word else ways:
-            text += f"\n    mad.lo.u32 b, b, {count}, {index};"
-        text += """
-    mov.b64 base, %to_words;
+    mad.lo.u32 b, pair, {limbs}, {limb};"""
+        text += f"""
+    mad.lo.u32 b, b, {s.tiles}, to;
+    mad.lo.u32 b, b, 8, row;
+    mov.b64 base, %hidden_words;
     mad.wide.u32 address, b, 4, base;
     @alone st.global.b32 [address], a;"""
     text += f"""
-    mad.lo.u32 to, old_pair, {s.tiles}, to;
+    mad.lo.u32 to, pair, {s.tiles}, to;
     mul.f32 d, d, {number(1 / unit(limbs))};
-    mov.b64 base, %to_scale;
+    mov.b64 base, %hidden_scale;
     mad.wide.u32 address, to, 4, base;
     @first st.global.f32 [address], d;"""
     for bit in (1, 2, 4, 8):
@@ -181,9 +165,9 @@ def finish(s: Shape) -> str:
         + f"""
     and.b32 a, lane, {LANES // 2 - 1};
     setp.eq.u32 p, a, 0;
-    div.u32 a, lane, {LANES // 2};
+    shr.u32 a, lane, {LANES.bit_length() - 2};
     mad.lo.u32 a, to, 2, a;
-    mov.b64 base, %to_sums;
+    mov.b64 base, %hidden_sums;
     mad.wide.u32 address, a, 4, base;
     @p st.global.f32 [address], f;"""
     )

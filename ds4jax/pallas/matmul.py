@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import experts, iq2_gated, plain, q8_0
-from ds4jax.pallas.fixed_point import FixedPoint, fix, fix_gated
+from ds4jax.pallas import plain, q8_0
+from ds4jax.pallas.fixed_point import FixedPoint, fix
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
 
@@ -25,7 +25,8 @@ _EXPERTS_AT_ONCE = 16
 """Experts dequantised together, see `experts_in_groups`: bounds its memory at any E."""
 
 
-def _is_q8_0(w: Weight) -> TypeGuard[QuantTensor]:
+def is_q8_0(w: object) -> TypeGuard[QuantTensor]:
+    """Say whether a weight is one that `q8_0` multiplies."""
     return isinstance(w, QuantTensor) and w.format == "Q8_0"
 
 
@@ -109,7 +110,7 @@ def normed_kernel(
       w: [Out, In].
       dtype: operand type.
     """
-    if not _is_q8_0(w):
+    if not is_q8_0(w):
         return None
 
     def kernel(width: int, x: Array) -> Array:
@@ -122,7 +123,7 @@ def _dense_kernel(
     weights: Sequence[Weight], dtype: str, fixed: FixedPoint | None
 ) -> Callable[[int, Array], tuple[Array, ...]] | None:
     """Return the kernel of `by_kernel` for weights of one format, if there is one."""
-    packed = [w for w in weights if _is_q8_0(w)]
+    packed = [w for w in weights if is_q8_0(w)]
     # A float32 weight would have to be rounded to another operand type.
     served = ["float16", "float32"] if dtype == "float32" else ["float16"]
     floats = [
@@ -170,10 +171,10 @@ def grouped_matmul(
     product = lambda x: einsum("...gi,goi->...go", x, values, dtype)  # noqa: E731
 
     def kernel(rows, x):
-        assert _is_q8_0(w)
+        assert is_q8_0(w)
         return q8_0.matvec(fix(x.reshape(-1, width), dtype), w, groups, rows)[None]
 
-    return by_rows(product, x, cuda=kernel if _is_q8_0(w) else None)
+    return by_rows(product, x, cuda=kernel if is_q8_0(w) else None)
 
 
 def two_maps_kernel(
@@ -196,7 +197,7 @@ def two_maps_kernel(
       dtype: operand type.
       interpret: without a GPU.
     """
-    if not (_is_q8_0(first) and _is_q8_0(second)):
+    if not (is_q8_0(first) and is_q8_0(second)):
         return None
     if not q8_0.serves_fixed(first, groups):
         return None
@@ -229,101 +230,6 @@ def expert_matmul(
     tell(x, w, expert_ids)
     chosen = jax.tree.map(lambda plane: plane[expert_ids], w)
     return einsum("nui,nuoi->nuo", x, dequantize(chosen), dtype)
-
-
-class Experts(NamedTuple):
-    """The weights of one expert, or of a stack of them.
-
-    Attributes:
-      gate, up: [*E, F, In].
-      down: [*E, Out, F].
-    """
-
-    gate: Weight
-    up: Weight
-    down: Weight
-
-
-def has_expert_kernels(routed: Experts) -> bool:
-    """Say whether `moe_by_kernel` is for these experts."""
-    formats = [w.format if isinstance(w, QuantTensor) else "" for w in routed]
-    return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
-
-
-def moe_by_kernel(
-    x: Float[Array, "1 N In"],
-    expert_ids: Int[Array, "N U"],
-    share: Float[Array, "N U"],
-    routed: Experts,
-    shared: Callable[..., Array],
-    activation: Callable[[Array, Array], Array],
-    dtype: str,
-    width: int,
-    *,
-    interpret: bool = False,
-) -> tuple[Float[Array, "1 N Out"], Float[Array, "1 N Out"]]:
-    """Return what the shared expert and those that rows chose make of them, on a GPU.
-
-    Args:
-      x: rows.
-      expert_ids: of each row.
-      share: of each of them.
-      routed: of which `has_expert_kernels`.
-      shared: as what `shared_expert_kernel` gives.
-      activation: elementwise.
-      dtype: operand type.
-      width: how many of the N rows, the first ones, are not copies.
-      interpret: without a GPU.
-    """
-    gate, up, down = routed
-    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
-    assert isinstance(down, QuantTensor)
-    order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
-    fixed = fix(x[0], dtype, order, interpret=interpret)
-    hidden = experts.gated(
-        fixed, gate, up, expert_ids, activation, dtype, of_hidden, width,
-        interpret=interpret,
-    )  # fmt: skip
-    # A program in PTX needs most of a multiprocessor's shared memory, and does not
-    # begin where another kernel, that has more of a cache instead, has begun before it.
-    after = hidden.scale if iq2_gated.programs(gate, activation) else None
-    out = experts.weighed(hidden, down, expert_ids, share, width, interpret=interpret)
-    return shared(width, x, after), out[None]
-
-
-def shared_expert_kernel(
-    expert: Experts,
-    activation: Callable[[Array, Array], Array],
-    dtype: str,
-    fixed: FixedPoint | None = None,
-    *,
-    interpret: bool = False,
-) -> Callable[..., Array] | None:
-    """Return the kernel of `by_kernel` for `down activation(gate x, up x)`, if any.
-
-    It may be given what the second launch is to wait for, too.
-
-    Args:
-      expert: the shared one.
-      activation: elementwise.
-      dtype: operand type.
-      fixed: as of `quant_matmuls`.
-      interpret: without a GPU.
-    """
-    gate, up, down = expert
-    if not (_is_q8_0(gate) and _is_q8_0(up) and _is_q8_0(down)):
-        return None
-
-    def kernel(width: int, x: Array, after: Array | None = None) -> Array:
-        rows = fix(x[0], dtype, interpret=interpret) if fixed is None else fixed
-        by_gate, by_up = q8_0.matvecs(rows, [gate, up], width, interpret=interpret)
-        hidden = fix_gated(
-            by_gate, by_up, activation, dtype, after, interpret=interpret
-        )
-        out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
-        return out[None, :, 0]
-
-    return kernel
 
 
 def experts_in_groups(w: Weight, experts: int) -> tuple[Weight, int]:

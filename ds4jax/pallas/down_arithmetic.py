@@ -1,0 +1,250 @@
+"""What `moe_ptx`'s programs compute of down, in PTX: products in Q8_0 and Q2_K.
+
+A lane has the same chunks of 16 bytes of each of a warp's rows, so that it holds their
+activations in registers.
+"""
+
+from __future__ import annotations
+
+from ds4jax.pallas.fixed_point import GROUP
+from ds4jax.pallas.moe_shape import DOWN_ROWS, HIDDEN, ORDER, Shape
+from ds4jax.pallas.ptx import LANES, number, registers
+
+_CHUNKS = HIDDEN // (16 * LANES)
+"""That a lane has of a row in Q8_0: halves of groups."""
+
+_GROUPS = HIDDEN // GROUP
+
+_AT_ONCE = 2
+"""Rows that a warp multiplies at a time."""
+
+EXPONENT = 0x49000000
+"""Bits of 2^19 as a float32, whose last bit is a sixteenth, in register `exponent`."""
+
+
+def read_shexp(s: Shape) -> str:
+    """Read a lane's hidden values of the shared expert."""
+    text = f"""
+    mul.lo.u32 a, own_row, {s.limbs * HIDDEN};
+    mad.lo.u32 a, lane, 16, a;
+    mov.b64 base, %shexp_words;
+    mad.wide.u32 address, a, 1, base;"""
+    for limb in range(s.limbs):
+        for chunk in range(_CHUNKS):
+            x = registers("x", 4 * (limb * _CHUNKS + chunk), 4)
+            text += f"""
+    ld.global.nc.v4.b32 {x}, [address+{limb * HIDDEN + chunk * 16 * LANES}];"""
+    text += f"""
+    shr.u32 a, lane, 1;
+    mad.lo.u32 a, own_row, {_GROUPS}, a;
+    mov.b64 base, %shexp_scale;
+    mad.wide.u32 address, a, 4, base;"""
+    for chunk in range(_CHUNKS):
+        text += f"""
+    ld.global.nc.f32 scale{chunk}, [address+{4 * chunk * LANES // 2}];"""
+    return text
+
+
+def multiply_shexp(s: Shape) -> str:
+    """Multiply a warp's rows of a block by them."""
+    text = f"""
+    mad.lo.u32 at, warp, {DOWN_ROWS * HIDDEN}, here;
+    mad.lo.u32 at, lane, 16, at;
+    mad.lo.u32 at_d, warp, {DOWN_ROWS * _GROUPS * 2}, here;
+    shr.u32 a, lane, 1;
+    mad.lo.u32 at_d, a, 2, at_d;
+    mov.u32 turn, 0;
+SHEXP_ROWS:"""
+    words = [f"q{i}" for i in range(4)]
+    for row in range(_AT_ONCE):
+        for chunk in range(_CHUNKS):
+            at = row * HIDDEN + chunk * 16 * LANES
+            at_d = GROUP * HIDDEN + 2 * row * _GROUPS + chunk * LANES
+            text += f"""
+    ld.shared.v4.b32 {registers("q", 0, 4)}, [at+{at}];
+    ld.shared.b16 half0, [at_d+{at_d}];"""
+            limbs = [limb * _CHUNKS + chunk for limb in range(s.limbs)]
+            text += _dot("s32", words, limbs) + _convert(s)
+            text += f"""
+    cvt.f32.f16 d, half0;
+    mul.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
+    return text + _next_rows("SHEXP_ROWS", ("at", HIDDEN), ("at_d", 2 * _GROUPS))
+
+
+def _next_rows(label: str, *steps: tuple[str, int]) -> str:
+    """Go on to a warp's next rows; the values of these are the last of the sums.
+
+    A loop, for what is multiplied once has to be fetched once, which takes longer.
+    """
+    text = ""
+    for row in range(DOWN_ROWS - _AT_ONCE):
+        text += f"\n    mov.f32 sum{row}, sum{row + _AT_ONCE};"
+    for row in range(_AT_ONCE):
+        text += f"\n    mov.f32 sum{DOWN_ROWS - _AT_ONCE + row}, value{row};"
+    for register, step in steps:
+        text += f"\n    add.u32 {register}, {register}, {_AT_ONCE * step};"
+    return (
+        text
+        + f"""
+    add.u32 turn, turn, {_AT_ONCE};
+    setp.lt.u32 p, turn, {DOWN_ROWS};
+    @p bra {label};"""
+    )
+
+
+def read_shares(s: Shape) -> str:
+    """Read the shares of a task's experts."""
+    text = """
+    mov.b64 base, %share;
+    mad.wide.u32 address, pair, 4, base;"""
+    for expert in range(s.at_once):
+        text += f"\n    ld.global.nc.f32 share{expert}, [address+{4 * expert}];"
+    return text
+
+
+def add_experts(s: Shape) -> str:
+    """Add the products of a warp's rows with a task's experts, weighed."""
+    (_, words), (_, scale), (_, sums) = s.hidden
+    quants, scales, d, _ = (size // GROUP for _, size in s.down_planes)
+    at_scales, at_d = GROUP * quants, GROUP * (quants + scales)
+    text = f"""
+    and.b32 a, stage, 1;
+    mad.lo.u32 a, a, {s.stage}, shared;
+    add.u32 a, a, {s.staged};
+    mad.lo.u32 at_words, lane, 16, a;
+    mad.lo.u32 at_sums, lane, 4, a;
+    add.u32 at_sums, at_sums, {s.at_once * (words + scale)};
+    shr.u32 b, lane, 1;
+    mad.lo.u32 at_scale, b, 4, a;
+    add.u32 at_scale, at_scale, {s.at_once * words};
+    mad.lo.u32 at, warp, {DOWN_ROWS * quants}, here;
+    mad.lo.u32 at, lane, 16, at;
+    mad.lo.u32 at_min, warp, {DOWN_ROWS * scales}, here;
+    mad.lo.u32 at_min, lane, 4, at_min;
+    mad.lo.u32 at_d, warp, {DOWN_ROWS * d}, here;
+    shr.u32 a, lane, 2;
+    mad.lo.u32 at_d, a, 2, at_d;
+    add.u32 end, pair, {s.at_once};
+EXPERT:"""
+    text += _read_expert(s)
+
+    def read_row(row: int, ahead: int) -> str:
+        line = row + ahead
+        return f"""
+    ld.shared.v4.b32 {registers("q", 4 * row, 4)}, [at+{line * quants}];
+    ld.shared.b32 packed{row}, [at_min+{at_scales + line * scales}];
+    ld.shared.b16 half{2 * row}, [at_d+{at_d + line * d}];
+    ld.shared.b16 half{2 * row + 1}, [at_d+{at_d + GROUP * d + line * d}];"""
+
+    text += "".join(read_row(row, 0) for row in range(_AT_ONCE))
+    text += """
+    mov.u32 turn, 0;
+ROWS:"""
+    for row in range(_AT_ONCE):
+        text += _multiply(s, row)
+        text += f"\n    fma.rn.f32 value{row}, f, share0, sum{row};"
+        # Of the last row there is none ahead: what lies there is read for nothing.
+        text += read_row(row, _AT_ONCE)
+    text += _next_rows("ROWS", ("at", quants), ("at_min", scales), ("at_d", d))
+    for other in range(1, s.at_once):
+        text += f"\n    mov.f32 share{other - 1}, share{other};"
+    steps = (
+        ("at", s.expert - DOWN_ROWS * quants), ("at_d", s.expert - DOWN_ROWS * d),
+        ("at_min", s.expert - DOWN_ROWS * scales), ("at_words", words),
+        ("at_scale", scale), ("at_sums", sums), ("pair", 1),
+    )  # fmt: skip
+    for register, step in steps:
+        text += f"\n    add.u32 {register}, {register}, {step};"
+    return (
+        text
+        + """
+    setp.lt.u32 p, pair, end;
+    @p bra EXPERT;"""
+    )
+
+
+def _read_expert(s: Shape) -> str:
+    """Read a lane's hidden values of an expert.
+
+    Bits of a level are multiplied where they are, which its scale makes up for.
+    """
+    (_, _), (_, scale), (_, sums) = s.hidden
+    levels, text = ORDER.levels, ""
+    for limb in range(s.limbs):
+        for level in range(levels):
+            x = registers("x", 4 * (limb * levels + level), 4)
+            place = limb * HIDDEN + level * HIDDEN // levels
+            text += f"\n    ld.shared.v4.b32 {x}, [at_words+{place}];"
+    for level in range(levels):
+        text += f"""
+    ld.shared.f32 scale{level}, [at_scale+{level * scale // levels}];
+    ld.shared.f32 half_sum{level}, [at_sums+{level * sums // levels}];"""
+        if level:
+            text += f"\n    mul.f32 scale{level}, scale{level}, {number(4.0**-level)};"
+    return text
+
+
+def _multiply(s: Shape, row: int) -> str:
+    """Multiply a chunk of a row: four levels of 16 weights each, to `f`.
+
+    Minima are not converted: as the last bits of a float32 they are its value already.
+    """
+    levels, text = ORDER.levels, ""
+    for level in range(levels):
+        mask = 0x03030303 << 2 * level
+        words = [f"w{i}" for i in range(4)]
+        for i, word in enumerate(words):
+            text += f"\n    and.b32 {word}, q{4 * row + i}, {mask};"
+        text += _dot("u32", words, [limb * levels + level for limb in range(s.limbs)])
+        text += f"""
+    and.b32 times, packed{row}, 0x0F0F0F0F;
+    prmt.b32 times, times, 0, 0x444{level};
+    mul.lo.s32 m0, m0, times;"""
+        if s.limbs == 3:
+            text += "\n    mul.lo.s32 m2, m2, times;"
+        text += _convert(s) + _add("product", f"scale{level}", level == 0)
+        text += f"""
+    and.b32 least, packed{row}, 0xF0F0F0F0;
+    prmt.b32 least, least, exponent, 0x754{level};
+    mov.b32 g, least;
+    add.f32 g, g, {number(-(2.0**19))};"""
+        if level:
+            text += f"\n    fma.rn.f32 minimum, g, half_sum{level}, minimum;"
+        else:
+            text += "\n    mul.f32 minimum, g, half_sum0;"
+    return (
+        text
+        + f"""
+    cvt.f32.f16 d, half{2 * row};
+    mul.f32 f, product, d;
+    cvt.f32.f16 d, half{2 * row + 1};
+    neg.f32 d, d;
+    fma.rn.f32 f, minimum, d, f;"""
+    )
+
+
+def _dot(kind: str, words: list[str], places: list[int]) -> str:
+    """Multiply four words by those of each limb; the first two become one number."""
+    text = ""
+    for limb, place in enumerate(places):
+        text += f"\n    mov.b32 m{limb}, 0;"
+        for i, word in enumerate(words):
+            x = f"x{4 * place + i}"
+            text += f"\n    dp4a.{kind}.s32 m{limb}, {word}, {x}, m{limb};"
+    return text + "\n    mad.lo.s32 m0, m0, 256, m1;"
+
+
+def _convert(s: Shape) -> str:
+    """Return what the limbs' sums are as a number `f`."""
+    text = "\n    cvt.rn.f32.s32 f, m0;"
+    if s.limbs == 3:
+        text += f"""
+    cvt.rn.f32.s32 g, m2;
+    fma.rn.f32 f, f, {number(256.0)}, g;"""
+    return text
+
+
+def _add(to: str, times: str, is_first: bool) -> str:
+    if is_first:
+        return f"\n    mul.f32 {to}, f, {times};"
+    return f"\n    fma.rn.f32 {to}, f, {times}, {to};"

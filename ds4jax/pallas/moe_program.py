@@ -1,0 +1,166 @@
+"""The text of `moe_ptx`'s programs, in PTX: how warps begin, and gate and up.
+
+A program takes task after task: GROUP rows of an expert's gate, the same of its up, and
+a row of activations; then, as `moe_down` has it, blocks of rows of down.  A warp
+multiplies a few of those rows, a lane the same few groups of each: it holds their
+activations in registers.  Each lane looks codes up in a bank of shared memory of its
+own, where no other lane is in its way.
+"""
+
+from __future__ import annotations
+
+from ds4jax.pallas import moe_slots as slots
+from ds4jax.pallas.down_arithmetic import EXPONENT
+from ds4jax.pallas.fixed_point import GROUP
+from ds4jax.pallas.iq2_arithmetic import activate, look_up, multiply, read
+from ds4jax.pallas.moe_down import down
+from ds4jax.pallas.moe_service import next_task, service
+from ds4jax.pallas.moe_shape import (
+    BLOCK,
+    EACH,
+    OPERANDS,
+    ROWS,
+    THREADS,
+    WARPS,
+    Shape,
+)
+from ds4jax.pallas.ptx import LANES, add_up, registers
+
+
+def program(s: Shape) -> str:
+    """Return the text of a program."""
+    text = "{" + _start(s) + _fill_table() + _gated(s) + down(s) + service(s)
+    for number, name in enumerate(OPERANDS):
+        text = text.replace(f"%{name};", f"${number};")
+    return text + "\nEND:\n}"
+
+
+def _start(s: Shape) -> str:
+    """Declare registers, and have all on its way that is read first."""
+    x, words = 8 * s.limbs * s.steps, 2 * s.steps
+    text = f"""
+    .reg .pred p, first, lower, alone;
+    .reg .b32 thread, lane, warp, shared, number, phase, bar, here, to, a, b, c, w;
+    .reg .b32 pair, tile, block, stage, turn, end, own_row, row, expert;
+    .reg .b32 chosen<{s.at_once}>, lane_table, positive, negative, exponent, shift;
+    .reg .b32 times, least, packed<2>, at, at_d, at_min, at_words;
+    .reg .b32 at_scale, at_sums, flip<2>, code<8>, x<{x}>, m<{s.limbs}>, q<8>, w<4>;
+    .reg .b32 grid<{words}>, signs<{words}>;
+    .reg .b64 address, base;
+    .reg .b16 half<4>;
+    .reg .f32 d, f, g, scale<4>, sum<{ROWS}>, value<2>, product, minimum;
+    .reg .f32 half_sum<4>, share<{s.at_once}>;
+    mov.u32 thread, %tid.x;
+    mov.u32 a, %tid.y;
+    mov.u32 b, %ntid.x;
+    mad.lo.u32 thread, a, b, thread;
+    and.b32 lane, thread, {LANES - 1};
+    shr.u32 warp, thread, {LANES.bit_length() - 1};
+    setp.eq.u32 first, lane, 0;
+    setp.lt.u32 lower, lane, {LANES // 2};
+    mov.b64 base, %shared;
+    cvt.u32.u64 shared, base;
+    mov.u32 block, %ctaid.x;
+    shr.u32 pair, block, {s.tiles.bit_length() - 1};
+    and.b32 tile, block, {s.tiles - 1};
+    mov.u32 number, 0;
+    setp.ge.u32 p, warp, {WARPS};
+    @p bra SERVICE;
+    mov.b64 base, %table;
+    mad.wide.u32 address, thread, 4, base;
+    ld.global.nc.b32 w, [address];
+    mad.wide.u32 address, lane, 8, base;
+    ld.global.nc.v2.b32 {{positive, negative}}, [address+{4 * WARPS * LANES}];"""
+    return text + _activations(s)
+
+
+def _activations(s: Shape) -> str:
+    """Load a lane's activations for `pair`, or the last one."""
+    text = f"""
+    min.u32 row, pair, {s.pairs - 1};
+    div.u32 row, row, {s.each};
+    mul.lo.u32 row, row, {s.groups};
+    mad.lo.u32 b, lane, {s.steps}, row;
+    mov.b64 base, %scale;
+    mad.wide.u32 address, b, 4, base;
+    ld.global.nc.v{s.steps}.f32 {registers("scale", 0, s.steps)}, [address];
+    mad.lo.u32 b, row, {8 * s.limbs - 1}, b;
+    mov.b64 base, %words;
+    mad.wide.u32 address, b, 4, base;"""
+    for word in range(8 * s.limbs):
+        own = registers("x", word * s.steps, s.steps)
+        text += f"""
+    ld.global.nc.v{s.steps}.b32 {own}, [address+{4 * word * s.groups}];"""
+    return text
+
+
+def _fill_table() -> str:
+    """Fill the table: a thread has an entry, and writes it into every lane's bank."""
+    text = f"""
+    mad.lo.u32 a, thread, {4 * LANES}, shared;
+    shl.b32 b, lane, 2;"""
+    for place in range(0, 4 * LANES, 4):
+        text += f"""
+    xor.b32 c, b, {place};
+    add.u32 c, c, a;
+    st.shared.b32 [c], w;"""
+    return text + f"\n    bar.sync 0, {THREADS};"
+
+
+def _gated(s: Shape) -> str:
+    """Multiply task after task, and exchange values by two buffers in turn."""
+    half = ROWS // 4
+    rows = [
+        row + which for row in (0, half) for which in (0, 1, 2 * half, 2 * half + 1)
+    ]
+    order = [(row, step) for row in rows for step in range(s.steps)]
+    text = (
+        f"""
+    mad.lo.u32 lane_table, lane, 4, shared;
+    setp.ge.u32 p, pair, {s.pairs};
+    @p bra BLOCK;
+GATED:"""
+        + slots.wait_for_half(s, "GATED_HALF", 0)
+        + f"""
+    mad.lo.u32 at, warp, {4 * s.groups}, here;
+    mad.lo.u32 at, lane, {4 * s.steps}, at;
+    mad.lo.u32 at_d, warp, {2 * s.groups // BLOCK}, here;
+    shr.u32 a, lane, {(BLOCK // s.steps).bit_length() - 1};
+    mad.lo.u32 at_d, a, 2, at_d;"""
+        + read(s, 0)
+        + look_up(s, 0, *order[0])
+    )
+    for turn, (row, step) in enumerate(order):
+        if step == 0 and row != rows[-1]:
+            following = rows[rows.index(row) + 1]
+            if following == half:
+                text += slots.wait_for_half(s, "GATED_COPIED", 1)
+            text += read(s, following)
+        if turn + 1 < len(order):
+            text += look_up(s, (turn + 1) % 2, *order[turn + 1])
+        text += multiply(s, turn % 2, row, step)
+    return (
+        text
+        + next_task(s)
+        + _activations(s)
+        + add_up(ROWS)
+        + activate(s)
+        + slots.wait_for("VALUES_READ", s.read, "number", 2)
+        + f"""
+    and.b32 a, number, 1;
+    mad.lo.u32 b, a, {4 * GROUP}, shared;
+    shr.u32 c, lane, {EACH.bit_length() - 1};
+    mad.lo.u32 c, c, {WARPS}, warp;
+    mad.lo.u32 b, c, 4, b;
+    and.b32 c, lane, {EACH - 1};
+    setp.eq.and.u32 p, c, 0, lower;
+    @p st.shared.f32 [b+{s.values}], sum0;"""
+        + slots.tell(s.settled, "number")
+        + f"""
+    add.u32 number, number, 1;
+    setp.lt.u32 p, pair, {s.pairs};
+    @p bra GATED;
+BLOCK:
+    mov.b32 exponent, {EXPONENT};
+    mov.u32 stage, 0;"""
+    )

@@ -1,0 +1,140 @@
+"""How warps of `moe_ptx`'s programs share memory: copies, and waits, in PTX.
+
+There are two slots of each kind, which tasks take in turn, and two barriers for each
+thing to wait for: a task's is that of its number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds4jax.pallas.fixed_point import GROUP
+from ds4jax.pallas.moe_shape import HALF, HIDDEN, TABLE, Shape
+from ds4jax.pallas.ptx import wait
+
+
+def wait_for(label: str, barrier: int, task: str, ago: int = 0) -> str:
+    """Wait for what a task had to wait for, or the task `ago` before it.
+
+    Two before the first ones there is nothing to wait for: a new barrier is in phase 0,
+    as if phase 1 had ended.
+    """
+    return f"""
+    and.b32 a, {task}, 1;
+    mad.lo.u32 bar, a, 8, shared;
+    add.u32 bar, bar, {barrier};
+    shr.u32 phase, {task}, 1;
+    sub.u32 phase, phase, {ago // 2};
+    and.b32 phase, phase, 1;""" + wait(label, "bar", "phase")
+
+
+def tell(barrier: int, task: str) -> str:
+    """Say that this warp is done with what others wait for."""
+    return f"""
+    and.b32 a, {task}, 1;
+    mad.lo.u32 bar, a, 8, shared;
+    bar.warp.sync 0xffffffff;
+    @first mbarrier.arrive.shared::cta.b64 _, [bar+{barrier}];"""
+
+
+def wait_for_half(s: Shape, label: str, half: int) -> str:
+    """Wait until a half of the weights of task `number` is `here`."""
+    return (
+        wait_for(label, s.copied + 16 * half, "number")
+        + f"""
+    and.b32 a, number, 1;
+    mad.lo.u32 here, a, {s.slot}, shared;
+    add.u32 here, here, {TABLE};"""
+    )
+
+
+def wait_for_weights(s: Shape, label: str) -> str:
+    """Wait until all weights of task `number` are `here`."""
+    return "".join(wait_for_half(s, f"{label}_{half}", half) for half in range(2))
+
+
+def copy_gated(s: Shape) -> str:
+    """Copy gate and up of `expert` for `tile`."""
+    pieces = [
+        (f"{weight}_{name}", "c", own // HALF, own)
+        for name, own in s.gated_planes
+        for weight in ("gate", "up")
+    ]
+    return f"""
+    mul.lo.u32 c, tile, {GROUP};
+    mad.lo.u32 c, expert, {HIDDEN}, c;""" + _halves(
+        s, pieces, f"\n    add.u32 c, c, {HALF};", pieces
+    )
+
+
+def copy_shexp(s: Shape) -> str:
+    """Copy `block` of the shared expert's down."""
+    sizes = ("quants", GROUP * HIDDEN), ("d", s.shexp - GROUP * HIDDEN)
+    quants, d = ((f"shexp_{name}", "c", size // GROUP, size) for name, size in sizes)
+    return f"""
+    mul.lo.u32 c, block, {GROUP};""" + _halves(s, [quants], "", [d])
+
+
+def copy_experts(s: Shape) -> str:
+    """Copy `block` of down of the `chosen` experts."""
+    chosen = [f"chosen{i}" for i in range(s.at_once)]
+    text = f"\n    mul.lo.u32 c, block, {GROUP};"
+    for expert in chosen:
+        text += f"\n    mad.lo.u32 {expert}, {expert}, {s.out}, c;"
+    pieces = [
+        (name, expert, size // GROUP, size)
+        for expert in chosen
+        for name, size in s.down_planes
+    ]
+    half = len(pieces) // 2
+    return text + _halves(s, pieces[:half], "", pieces[half:])
+
+
+def copy_hidden(s: Shape) -> str:
+    """Copy the hidden values of experts of `row`, from `pair` on, for task `stage`."""
+    pieces = [(name, "pair", size, s.at_once * size) for name, size in s.hidden]
+    return f"""
+    and.b32 b, stage, 1;
+    mad.lo.u32 bar, b, 8, shared;
+    add.u32 bar, bar, {s.arrived};
+    mad.lo.u32 to, b, {s.stage}, shared;
+    add.u32 to, to, {s.staged};""" + _pieces(pieces)
+
+
+def _halves(
+    s: Shape,
+    first: Sequence[tuple[str, str, int, int]],
+    between: str,
+    second: Sequence[tuple[str, str, int, int]],
+) -> str:
+    """Copy the weights of task `number`, one half after the other."""
+    return (
+        f"""
+    and.b32 b, number, 1;
+    mad.lo.u32 bar, b, 8, shared;
+    add.u32 bar, bar, {s.copied};
+    mad.lo.u32 to, b, {s.slot}, shared;
+    add.u32 to, to, {TABLE};"""
+        + _pieces(first)
+        + between
+        + "\n    add.u32 bar, bar, 16;"
+        + _pieces(second)
+    )
+
+
+def _pieces(pieces: Sequence[tuple[str, str, int, int]]) -> str:
+    """Have the first lane copy pieces one after the other to `to`, for `bar`'s phase.
+
+    Each is an operand, the register of an index, the bytes of an item and the piece's.
+    """
+    copy = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    size = sum(own for *_, own in pieces)
+    text = f"""
+    @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {size};"""
+    for operand, index, item, own in pieces:
+        text += f"""
+    mov.b64 base, %{operand};
+    mad.wide.u32 address, {index}, {item}, base;
+    {copy} [to], [address], {own}, [bar];
+    add.u32 to, to, {own};"""
+    return text
