@@ -89,6 +89,7 @@ COMPUTE = {
     "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
     "div.u32": lambda a, b: a // b,
     "rem.u32": lambda a, b: a % b,
+    "min.u32": np.minimum,
     "max.u32": np.maximum,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
@@ -122,6 +123,7 @@ COMPUTE = {
     "setp.lt.u32": lambda a, b: a < b,
     "setp.ge.u32": lambda a, b: a >= b,
     "setp.lt.and.u32": lambda a, b, p: (a < b) & p,
+    "setp.eq.or.u32": lambda a, b, p: (a == b) | p,
     "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
     "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
     "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
@@ -157,18 +159,26 @@ class Machine:
     """
 
     def __init__(
-        self, text: str, operands: Sequence[np.ndarray], shared: int, warps: int
+        self,
+        text: str,
+        operands: Sequence[np.ndarray],
+        shared: int,
+        warps: int,
+        counters: int = 0,
     ):
         """Read a program.
 
         Args:
-          text: with `$i` for the address of operand i, the last being shared memory.
-          operands: the others.
+          text: with `$i` for the address of operand i, then of shared memory and of
+            counters.
+          operands: arrays.
           shared: bytes of shared memory.
           warps: of a program.
+          counters: how many.
         """
         self.operands, self.shared, self.warps = operands, shared, warps
-        self.memory = [array.reshape(-1).view(np.uint8) for array in operands]
+        own = np.zeros(0, np.uint32), np.zeros(counters, np.uint32)
+        self.memory = [a.reshape(-1).view(np.uint8) for a in (*operands, *own)]
         self.vain = 0
         self.code, self.labels, self.types = [], {}, {}
         for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
@@ -279,8 +289,9 @@ class Program:
             low, high = (self.value(warp, part) for part in operand[1:-1].split(", "))
             return low.astype(np.uint32) | high.astype(np.uint32) << 16
         if operand.startswith("$"):
-            last, number = len(self.machine.operands), int(operand[1:])
-            at = SHARED if number == last else number + 1 << 32
+            number = int(operand[1:])
+            is_shared = number == len(self.machine.operands)
+            at = SHARED if is_shared else number + 1 << 32
             return np.full(LANES, at, np.uint64)
         special = {
             "%tid.x": np.arange(LANES) + LANES * warp, "%tid.y": 0,

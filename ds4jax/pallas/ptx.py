@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -39,21 +40,26 @@ def launch(
     shared: int,
     programs: int,
     warps: int,
+    counters: int = 0,
 ) -> list[Array]:
     """Return what programs write.
 
     Args:
       name: of the kernel.
       text: of a program, `$i` for the address of operand i: first those given, then
-        those written, then shared memory.
+        those written, then shared memory, then counters.
       operands: that it reads.
       out_type: what it writes.
       shared: bytes of shared memory.
       programs: that run side by side.
       warps: of a program, a multiple of four.
+      counters: numbers in memory, of 32 bits and zero at first, by which programs wait
+        for each other.  So all of them have to run at once.
     """
 
     def kernel(*refs):
+        if counters:
+            refs += (pl.get_global(plgpu.SemaphoreType.REGULAR((counters,))),)
         types = (plgpu.RefType(),) * len(refs)
         plgpu.inline_mgpu(arg_types=types)(_carry(text))(*refs)
 
@@ -102,6 +108,37 @@ def add_lanes(value: str, other: str, bit: int) -> str:
     return f"""
     shfl.sync.bfly.b32 {other}, {value}, {bit}, 31, 0xffffffff;
     add.f32 {value}, {value}, {other};"""
+
+
+def add_up(rows: int) -> str:
+    """Add up the lanes' sums of rows, a power of two, and leave one in `sum0`.
+
+    Lanes of row i are the i-th of as many parts of the warp; `a`, `p` and `f` are used.
+    """
+    text, live, bit = "", list(range(rows)), LANES // 2
+    while len(live) > 1:
+        half = len(live) // 2
+        text += f"""
+    and.b32 a, lane, {bit};
+    setp.ne.u32 p, a, 0;"""
+        for low, high in zip(live[:half], live[half:], strict=True):
+            text += f"""
+    selp.f32 f, sum{low}, sum{high}, p;
+    selp.f32 sum{low}, sum{high}, sum{low}, p;
+    shfl.sync.bfly.b32 f, f, {bit}, 31, 0xffffffff;
+    add.f32 sum{low}, sum{low}, f;"""
+        live, bit = live[:half], bit // 2
+    while bit:
+        text += add_lanes("sum0", "f", bit)
+        bit //= 2
+    return text
+
+
+def divide(to: str, value: str, by: int) -> str:
+    """Divide a number without a sign; ptxas makes no shift of a division itself."""
+    if by & by - 1:
+        return f"\n    div.u32 {to}, {value}, {by};"
+    return f"\n    shr.u32 {to}, {value}, {by.bit_length() - 1};"
 
 
 def registers(name: str, first: int, count: int) -> str:
