@@ -22,6 +22,7 @@ from ds4jax.pallas.matmul import (
     grouped_matmul,
     quant_matmul,
     quant_matmuls,
+    two_maps_kernel,
 )
 from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.pallas.swiglu import Swiglu
@@ -90,6 +91,35 @@ def into_fixed_point(what: str, n: int, k: int, groups: int) -> Case:
     return Case(
         "q8_0", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
         shape=_shape("Q8_0", str(n), k, groups),
+    )  # fmt: skip
+
+
+def two_maps(what: str, middle: int, n: int, k: int, groups: int) -> Case:
+    """Return the case of two weights after each other, the first by groups."""
+
+    def draw():
+        x = normal(0, DECODE_ROWS * groups, k, dtype=DTYPE)
+        first, second = (
+            random_weight(i, "Q8_0", shape)
+            for i, shape in enumerate([(middle, k), (n, middle)], 1)
+        )
+        return x, first, second
+
+    def run(width, x, first, second):
+        kernel = two_maps_kernel(first, second, groups, DTYPE)
+        assert kernel
+        return kernel(width, fix(x, DTYPE))
+
+    def xla(x, first, second):
+        x = grouped_matmul(x.reshape(DECODE_ROWS, groups, k), first, DTYPE)
+        return quant_matmul(x.reshape(DECODE_ROWS, middle), second, DTYPE)
+
+    def nbytes(width, x, first, second):
+        return x.nbytes // DECODE_ROWS * width + first.nbytes + second.nbytes
+
+    return Case(
+        "two_maps", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
+        shape=_shape("Q8_0", f"{middle}, {n}", k, groups),
     )  # fmt: skip
 
 
@@ -216,6 +246,7 @@ CASES = [
     dense("Q8_0", "attn_q_b", [32768], 1024),
     into_fixed_point("attn_output_a", 8192, 4096, 8),
     dense("Q8_0", "attn_output_b", [4096], 8192),
+    two_maps("attn_output_a, _b", 8192, 4096, 4096, 8),
     dense("Q8_0", "attn_q_a, attn_kv", [1024, 512], 4096),
     dense("F16", "indexer query", [8192], 1024),
     dense("F16", "CSA compressor", [1024, 1024], 4096),

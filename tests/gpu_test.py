@@ -19,9 +19,10 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
-from ds4jax.pallas import moe_ptx
+from ds4jax.pallas import moe_ptx, two_maps
 from ds4jax.pallas.experts import Experts
-from ds4jax.pallas.fixed_point import LIMBS
+from ds4jax.pallas.fixed_point import LIMBS, fix
+from ds4jax.pallas.matmul import two_maps_kernel
 from ds4jax.pallas.moe import moe_by_kernel
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.tokenizer import Tokenizer
@@ -158,3 +159,33 @@ def test_experts_in_ptx_and_by_triton(dtype, monkeypatch):
     for found, expected in zip(whole, run(8, x, share), strict=True):
         near = {"float32": 1e-5, "bfloat16": 2e-4}[dtype] * np.max(abs(expected))
         assert np.max(abs(found - expected)) <= near
+
+
+@pytest.mark.parametrize("dtype", LIMBS)
+def test_two_maps_in_ptx_and_by_triton(dtype, monkeypatch):
+    """The same but for the order of sums; in PTX, the same bits at every width."""
+    groups, middle, columns = 8, 8192, 4096
+    first, second = (
+        synthetic.blocks(jax.random.key(i), "Q8_0", shape)
+        for i, shape in enumerate([(middle, columns), (4096, middle)])
+    )
+    if not two_maps.programs(first, second, groups, dtype):
+        pytest.skip("this GPU has no such programs")
+    x = jax.random.normal(jax.random.key(2), (8 * groups, columns))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(width, x, first, second):
+        kernel = two_maps_kernel(first, second, groups, dtype)
+        assert kernel
+        return kernel(width, fix(x, dtype))[0]
+
+    whole = run(8, x, first, second)
+    for width in (1, 2, 3, 4):
+        found = run(width, x, first, second)
+        same(found[:width], whole[:width])
+        same(found[width:], jnp.repeat(found[width - 1][None], 8 - width, 0))
+    monkeypatch.setattr(two_maps, "programs", lambda *_: 0)
+    jax.clear_caches()
+    by_triton = run(8, x, first, second)
+    worst = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
+    assert np.max(abs(whole - by_triton)) <= worst * np.max(abs(by_triton))

@@ -133,6 +133,7 @@ COMPUTE = {
     "setp.lt.or.u32": lambda a, b, p: (a < b) | p,
     "setp.ge.and.u32": lambda a, b, p: (a >= b) & p,
     "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
+    "setp.eq.or.u32": lambda a, b, p: (a == b) | p,
     "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
     "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
     "redux.sync.max.u32": lambda a, _: np.full_like(a, a.max()),

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import plain, q8_0
+from ds4jax.pallas import plain, q8_0, two_maps
 from ds4jax.pallas.fixed_point import FixedPoint, fix
 from ds4jax.pallas.passes import Weight, by_rows, tell
 from ds4jax.quant import QuantTensor, dequantize
@@ -202,7 +202,13 @@ def two_maps_kernel(
     if not q8_0.serves_fixed(first, groups):
         return None
 
+    programs = 0 if interpret else two_maps.programs(first, second, groups, dtype)
+
     def kernel(width: int, x: FixedPoint) -> Array:
+        if programs:
+            return two_maps.multiply(x, first, second, groups, dtype, width, programs)[
+                None
+            ]
         middle = q8_0.matvec_fixed(x, first, groups, dtype, width, interpret=interpret)
         out = q8_0.matvec(middle, second, width=width, interpret=interpret)
         return out[None, :, 0]

@@ -1,0 +1,355 @@
+"""The text of `two_maps`' programs, in PTX: what they read, and when.
+
+A program takes a run of the first weight's pieces, and then a run of the second's
+tasks.  One warp has a task's weights copied to the next slot of a ring when nobody
+needs what is there, across the border of the maps: the second's weights arrive while
+programs wait for the middle.  Warps that multiply leave the sums of their parts of a
+row in places of their own.  Others add the parts up, and put a piece of the first map
+into fixed point or write one of the second.
+
+Who has written a group of the middle adds one to the counter of its part of the second
+weight's columns, and a warp that multiplies that part waits for all of its groups.
+"""
+
+from __future__ import annotations
+
+from ds4jax.pallas.fixed_point import GROUP
+from ds4jax.pallas.ptx import LANES, divide, wait
+from ds4jax.pallas.q8_arithmetic import Activations, fix, multiply, read, stage, total
+from ds4jax.pallas.two_maps_shape import (
+    APART,
+    COLUMNS,
+    FINISHERS,
+    MULTIPLIERS,
+    OPERANDS,
+    PIECE,
+    ROWS,
+    Shape,
+)
+
+
+def program(s: Shape) -> str:
+    """Return the text of a program."""
+    text = "{" + _start(s)
+    for number in range(2):
+        text += _multiply_map(s, number)
+    text += "\n    bra END;\nCOPY:" + _copy(s, 0) + _copy(s, 1)
+    text += "\n    bra END;\nFINISH:" + _finish_first(s) + _finish_second(s)
+    text += "\nEND:\n}"
+    for number, name in enumerate(OPERANDS):
+        text = text.replace(f"%{name};", f"${number};")
+    return text
+
+
+def _start(s: Shape) -> str:
+    """Declare registers, set barriers up, and part the warps."""
+    first, second = s.maps
+    barriers = [(s.copied + 8 * slot, 1) for slot in range(s.ring)]
+    barriers += [(s.read + 8 * slot, MULTIPLIERS) for slot in range(s.ring)]
+    for start, count in zip(s.summed, s.pieces, strict=True):
+        barriers += [(start + 8 * piece, MULTIPLIERS) for piece in range(count)]
+    text = f"""
+    .reg .pred p, first, leads;
+    .reg .b32 thread, lane, warp, shared, begin<2>, end<2>, slot, phase, bar, here;
+    .reg .b32 task, piece, last, row, group, part, half, own, own_d, own_value, value;
+    .reg .b32 at, other, at_d, at_x, at_scale, a, b, m<{s.limbs}>, w<{8 * ROWS}>;
+    .reg .b32 x<{8 * s.limbs * max(s.kept, 1)}>;
+    .reg .b64 address, base, near, far;
+    .reg .b16 d;
+    .reg .f32 f, g, scale<{max(s.kept, 1)}>, d<{ROWS}>, sum<{ROWS}>;
+    mov.u32 thread, %tid.x;
+    mov.u32 a, %tid.y;
+    mov.u32 b, %ntid.x;
+    mad.lo.u32 thread, a, b, thread;
+    and.b32 lane, thread, {LANES - 1};
+    shr.u32 warp, thread, {LANES.bit_length() - 1};
+    setp.eq.u32 first, lane, 0;
+    mov.b64 base, %shared;
+    cvt.u32.u64 shared, base;
+    mov.u32 a, %ctaid.x;
+    add.u32 b, a, 1;"""
+    text += _share("begin0", "a", first.rows // PIECE, s.programs)
+    text += _share("end0", "b", first.rows // PIECE, s.programs)
+    text += _share("begin1", "a", second.rows // second.lines, s.programs)
+    text += _share("end1", "b", second.rows // second.lines, s.programs)
+    text += f"""
+    mov.u32 slot, 0;
+    setp.ne.u32 p, warp, {MULTIPLIERS};
+    @p bra READY;"""
+    for place, count in barriers:
+        text += f"""
+    @first mbarrier.init.shared::cta.b64 [shared+{place}], {count};"""
+    return (
+        text
+        + f"""
+    @first fence.proxy.async.shared::cta;
+READY:
+    bar.sync 0;
+    setp.eq.u32 p, warp, {MULTIPLIERS};
+    @p bra COPY;
+    setp.ge.u32 p, warp, {MULTIPLIERS};
+    @p bra FINISH;
+    mov.u32 phase, 0;
+    mad.lo.u32 at_x, thread, 16, shared;
+    mad.lo.u32 at_scale, thread, 4, shared;
+    and.b32 half, lane, 4;
+    mul.lo.u32 half, half, {GROUP // 2 // 4};
+    and.b32 a, lane, {LANES // ROWS - 1};
+    setp.eq.u32 leads, a, 0;"""
+    )
+
+
+def _share(to: str, program: str, items: int, programs: int) -> str:
+    """Find the first of a program's items, which are a run of all.
+
+    The first programs have one more than others.
+    """
+    each, more = divmod(items, programs)
+    return f"""
+    min.u32 {to}, {program}, {more};
+    mad.lo.u32 {to}, {program}, {each}, {to};"""
+
+
+def _advance(s: Shape) -> str:
+    """Go on to the next slot."""
+    return f"""
+    add.u32 slot, slot, 1;
+    setp.eq.u32 p, slot, {s.ring};
+    @p mov.u32 slot, 0;
+    @p xor.b32 phase, phase, 1;"""
+
+
+def _multiply_map(s: Shape, number: int) -> str:
+    """Multiply a weight's tasks."""
+    weight = s.maps[number]
+    x = (
+        Activations("words", "scale", s.columns, s.groups),
+        Activations("middle_words", "middle_scale", s.middle, 1),
+    )[number]
+    text = (
+        f"""
+    sub.u32 last, end{number}, begin{number};
+    mul.lo.u32 last, last, {weight.each if number == 0 else 1};
+    setp.eq.u32 p, last, 0;
+    @p bra MULTIPLIED{number};"""
+        + _own(s, number)
+        + (_await_middle(s, x) if number else "\n    mov.u32 group, 0xffffffff;")
+        + f"""
+    mov.u32 task, 0;
+MULTIPLY{number}:"""
+        + ("" if number else _change_group(s, x))
+        + f"""
+    mad.lo.u32 bar, slot, 8, shared;
+    mad.lo.u32 here, slot, {s.slot}, shared;
+    add.u32 at, here, own;
+    xor.b32 other, own, {GROUP // 2};
+    add.u32 other, other, here;
+    add.u32 at_d, here, own_d;
+    and.b32 a, task, {weight.each - 1};
+    mad.lo.u32 value, a, {weight.lines * 4}, own_value;"""
+        + divide("piece", "task", weight.each)
+        + f"""
+    mad.lo.u32 value, piece, {s.rows * weight.parts * PIECE * 4}, value;"""
+        + wait(f"COPIED{number}", f"bar+{s.copied}", "phase")
+        + read(weight)
+        + f"""
+    bar.warp.sync 0xffffffff;
+    @first mbarrier.arrive.shared::cta.b64 _, [bar+{s.read}];"""
+        + _advance(s)
+    )
+    for row in range(s.rows):
+        text += multiply(s, weight, x, row)
+    return (
+        text
+        + f"""
+    add.u32 task, task, 1;
+    and.b32 a, task, {weight.each - 1};
+    setp.eq.u32 p, a, 0;
+    setp.eq.or.u32 p, task, last, p;
+    @!p bra WITHIN{number};
+    mad.lo.u32 bar, piece, 8, shared;
+    bar.warp.sync 0xffffffff;
+    @first mbarrier.arrive.shared::cta.b64 _, [bar+{s.summed[number]}];
+WITHIN{number}:
+    setp.lt.u32 p, task, last;
+    @p bra MULTIPLY{number};
+MULTIPLIED{number}:"""
+    )
+
+
+def _own(s: Shape, number: int) -> str:
+    """Find a lane's places in a task's weights and in a piece's sums."""
+    weight = s.maps[number]
+    return (
+        f"""
+    and.b32 part, warp, {weight.parts - 1};"""
+        + divide("a", "warp", weight.parts)
+        + f"""
+    mul.lo.u32 own, a, {ROWS * weight.columns};
+    mad.lo.u32 own, part, {COLUMNS}, own;
+    mad.lo.u32 own, lane, {GROUP}, own;"""
+        + divide("own_d", "own", GROUP // 2)
+        + f"""
+    add.u32 own_d, own_d, {s.quants};
+    add.u32 own, own, half;
+    mul.lo.u32 own_value, a, {4 * ROWS};
+    mad.lo.u32 own_value, part, {4 * PIECE}, own_value;"""
+        + divide("a", "lane", LANES // ROWS)
+        + f"""
+    mad.lo.u32 own_value, a, 4, own_value;
+    add.u32 own_value, own_value, shared;
+    add.u32 own_value, own_value, {s.values[number]};"""
+    )
+
+
+def _change_group(s: Shape, x: Activations) -> str:
+    """Bring the activations of a task's group, if others are there."""
+    return (
+        divide("a", "task", s.maps[0].each)
+        + "\n    add.u32 a, a, begin0;"
+        + divide("a", "a", s.middle // s.groups // PIECE)
+        + """
+    setp.eq.u32 p, a, group;
+    @p bra STAGED;
+    mov.u32 group, a;"""
+        + stage(s, x)
+        + "\nSTAGED:"
+    )
+
+
+def _await_middle(s: Shape, x: Activations) -> str:
+    """Wait until all groups of the middle are there that a warp multiplies."""
+    return f"""
+    mov.b64 base, %counters;
+    mad.wide.u32 address, part, {4 * APART}, base;
+MIDDLE:
+    ld.acquire.gpu.global.u32 a, [address];
+    setp.ne.u32 p, a, {COLUMNS // PIECE * s.rows};
+    @p bra MIDDLE;
+    mov.u32 group, 0;""" + stage(s, x)
+
+
+def _copy(s: Shape, number: int) -> str:
+    """Have the first lane copy the weights of a map's tasks, as there is room."""
+    weight = s.maps[number]
+    each = weight.each if number == 0 else 1
+    copy = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    # Before the first round there is nothing to wait for: a new barrier is in phase 0.
+    text = "\n    mov.u32 phase, 1;" if number == 0 else ""
+    text += f"""
+    mul.lo.u32 task, begin{number}, {each};
+    mul.lo.u32 last, end{number}, {each};
+COPY{number}:
+    setp.ge.u32 p, task, last;
+    @p bra COPIES{number};
+    mad.lo.u32 bar, slot, 8, shared;
+    mad.lo.u32 here, slot, {s.slot}, shared;"""
+    text += wait(f"READ{number}", f"bar+{s.read}", "phase")
+    text += f"""
+    add.u32 bar, bar, {s.copied};
+    @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {s.slot};"""
+    for plane, size in (("quants", s.quants), ("d", s.slot - s.quants)):
+        text += f"""
+    mov.b64 base, %{weight.name}_{plane};
+    mad.wide.u32 address, task, {size}, base;
+    {copy} [here], [address], {size}, [bar];
+    add.u32 here, here, {size};"""
+    return (
+        text
+        + _advance(s)
+        + f"""
+    add.u32 task, task, 1;
+    bra COPY{number};
+COPIES{number}:"""
+    )
+
+
+def _finish_first(s: Shape) -> str:
+    """Put the first map's pieces into fixed point, and tell who waits for them."""
+    weight = s.maps[0]
+    return (
+        """
+    sub.u32 last, end0, begin0;
+    mov.u32 piece, 0;
+FIXED:
+    setp.ge.u32 p, piece, last;
+    @p bra FIRST;"""
+        + _await_sums(s, 0)
+        + f"""
+    add.u32 group, begin0, piece;
+FIX:
+    setp.ge.u32 p, row, {s.rows};
+    @p bra NEXT;"""
+        + total(weight)
+        + fix(s)
+        + "\n    bar.warp.sync 0xffffffff;"
+        + divide("a", "group", COLUMNS // PIECE)
+        + f"""
+    mov.b64 base, %counters;
+    mad.wide.u32 address, a, {4 * APART}, base;
+    mov.u32 a, 1;
+    @first red.release.gpu.global.add.u32 [address], a;
+    add.u32 row, row, {FINISHERS};
+    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};
+    bra FIX;
+NEXT:
+    add.u32 piece, piece, 1;
+    bra FIXED;
+FIRST:"""
+    )
+
+
+def _await_sums(s: Shape, number: int) -> str:
+    """Wait for a piece's sums, and find a lane's of a warp's first row."""
+    size = s.maps[number].parts * PIECE * 4
+    return (
+        "\n    mad.lo.u32 bar, piece, 8, shared;"
+        + wait(f"SUMMED{number}", f"bar+{s.summed[number]}", "0")
+        + f"""
+    sub.u32 row, warp, {MULTIPLIERS + 1};
+    mad.lo.u32 at, piece, {s.rows}, row;
+    mad.lo.u32 at, at, {size}, shared;
+    mad.lo.u32 at, lane, 4, at;
+    add.u32 at, at, {s.values[number]};"""
+    )
+
+
+def _finish_second(s: Shape) -> str:
+    """Write the second map's rows, and copies of the last one computed."""
+    weight = s.maps[1]
+    text = (
+        f"""
+    mul.lo.u32 last, end1, {weight.lines};
+    mul.lo.u32 task, begin1, {weight.lines};
+    mov.u32 piece, 0;
+WRITTEN:
+    setp.ge.u32 p, task, last;
+    @p bra END;"""
+        + _await_sums(s, 1)
+        + f"""
+    add.u32 own, task, lane;
+WRITE:
+    setp.ge.u32 p, row, {s.rows};
+    @p bra ON;
+    setp.lt.u32 leads, own, last;"""
+        + total(weight)
+        + f"""
+    mad.lo.u32 a, row, {s.out}, own;
+    mov.b64 base, %out;
+    mad.wide.u32 address, a, 4, base;
+    @leads st.global.f32 [address], f;
+    setp.eq.and.u32 leads, row, {s.rows - 1}, leads;"""
+    )
+    for copy in range(1, s.written - s.rows + 1):
+        text += f"\n    @leads st.global.f32 [address+{copy * s.out * 4}], f;"
+    return (
+        text
+        + f"""
+    add.u32 row, row, {FINISHERS};
+    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};
+    bra WRITE;
+ON:
+    add.u32 task, task, {PIECE};
+    add.u32 piece, piece, 1;
+    bra WRITTEN;"""
+    )
