@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4jax.pallas.fixed_point import GROUP, unit
+from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
 from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
+from ds4jax.pallas.ptx_fixed_point import count, fix
 
 
 def read(s: Shape, row: int) -> str:
@@ -104,70 +105,43 @@ def activate(s: Shape) -> str:
 
 
 def finish(s: Shape) -> str:
-    """Write the group of a task in fixed point, as `fixed_point.store` does."""
-    limbs, levels = s.limbs, ORDER.levels
+    """Write the group of a task in fixed point, and count it."""
+    levels = ORDER.levels
     text = f"""
     and.b32 a, number, 1;
     mad.lo.u32 a, a, {4 * GROUP}, shared;
     mad.lo.u32 a, lane, 4, a;
     ld.shared.f32 f, [a+{s.values}];""" + tell(s.read, "number")
-    if s.dtype == "bfloat16":
-        text += """
-    cvt.rn.bf16.f32 half0, f;
-    mov.b32 a, {0, half0};
-    mov.b32 f, a;"""
+    text += fix(s.dtype)
     text += f"""
-    mov.b32 a, f;
-    and.b32 a, a, 0x7F800000;
-    redux.sync.max.u32 a, a, 0xffffffff;
-    max.u32 a, a, {np.float32(2.0**-100).view(np.uint32)};
-    mov.b32 d, a;
-    sub.u32 a, {(254 << 23) + (int(np.log2(unit(limbs))) << 23)}, a;
-    mov.b32 g, a;
-    mul.f32 g, f, g;
-    add.f32 g, g, {number(0.5)};
-    cvt.rmi.s32.f32 w, g;
     and.b32 a, tile, {levels - 1};
     shr.u32 b, tile, {levels.bit_length() - 1};
     mad.lo.u32 to, a, {s.tiles // levels}, b;
-    and.b32 shift, lane, 3;
-    setp.eq.u32 alone, shift, 0;
-    shl.b32 shift, shift, 3;
-    shr.u32 row, lane, 2;"""
-    for limb in reversed(range(limbs)):
-        text += f"""
-    bfe.s32 a, w, 0, 8;
-    sub.u32 w, w, a;
-    shr.s32 w, w, 8;
-    and.b32 a, a, 255;
-    shl.b32 a, a, shift;
-    shfl.sync.bfly.b32 b, a, 1, 31, 0xffffffff;
-    or.b32 a, a, b;
-    shfl.sync.bfly.b32 b, a, 2, 31, 0xffffffff;
-    or.b32 a, a, b;
-    mad.lo.u32 b, pair, {limbs}, {limb};"""
-        text += f"""
-    mad.lo.u32 b, b, {s.tiles}, to;
-    mad.lo.u32 b, b, 8, row;
+    mul.lo.u32 a, pair, {s.limbs * s.tiles};
+    add.u32 a, a, to;
+    mul.lo.u32 a, a, {GROUP};
+    add.u32 a, a, lane;
     mov.b64 base, %hidden_words;
-    mad.wide.u32 address, b, 4, base;
-    @alone st.global.b32 [address], a;"""
+    mad.wide.u32 address, a, 1, base;"""
+    for limb in range(s.limbs):
+        place = limb * s.tiles * GROUP
+        text += f"\n    @fourth st.global.b32 [address+{place}], word{limb};"
     text += f"""
     mad.lo.u32 to, pair, {s.tiles}, to;
-    mul.f32 d, d, {number(1 / unit(limbs))};
     mov.b64 base, %hidden_scale;
     mad.wide.u32 address, to, 4, base;
-    @first st.global.f32 [address], d;"""
+    @first st.global.f32 [address], unit;"""
     for bit in (1, 2, 4, 8):
         text += add_lanes("f", "g", bit)
-    return (
-        text
-        + f"""
+    text += f"""
     and.b32 a, lane, {LANES // 2 - 1};
     setp.eq.u32 p, a, 0;
     shr.u32 a, lane, {LANES.bit_length() - 2};
     mad.lo.u32 a, to, 2, a;
     mov.b64 base, %hidden_sums;
     mad.wide.u32 address, a, 4, base;
-    @p st.global.f32 [address], f;"""
-    )
+    @p st.global.f32 [address], f;
+    div.u32 a, pair, {s.at_once};
+    mov.b64 base, %finished;
+    mad.wide.u32 address, a, 4, base;"""
+    return text + count("[address]")

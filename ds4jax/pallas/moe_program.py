@@ -25,6 +25,7 @@ from ds4jax.pallas.moe_shape import (
     Shape,
 )
 from ds4jax.pallas.ptx import LANES, add_up, registers
+from ds4jax.pallas.ptx_fixed_point import declare
 
 
 def program(s: Shape) -> str:
@@ -38,11 +39,13 @@ def program(s: Shape) -> str:
 def _start(s: Shape) -> str:
     """Declare registers, and have all on its way that is read first."""
     x, words = 8 * s.limbs * s.steps, 2 * s.steps
-    text = f"""
-    .reg .pred p, first, lower, alone;
+    text = (
+        declare(s.dtype)
+        + f"""
+    .reg .pred p, first, lower;
     .reg .b32 thread, lane, warp, shared, number, phase, bar, here, to, a, b, c, w;
     .reg .b32 pair, tile, block, stage, turn, end, own_row, row, expert;
-    .reg .b32 chosen<{s.at_once}>, lane_table, positive, negative, exponent, shift;
+    .reg .b32 chosen<{s.at_once}>, lane_table, positive, negative, exponent;
     .reg .b32 times, least, packed<2>, at, at_d, at_min, at_words;
     .reg .b32 at_scale, at_sums, flip<2>, code<8>, x<{x}>, m<{s.limbs}>, q<8>, w<4>;
     .reg .b32 grid<{words}>, signs<{words}>;
@@ -71,6 +74,7 @@ def _start(s: Shape) -> str:
     ld.global.nc.b32 w, [address];
     mad.wide.u32 address, lane, 8, base;
     ld.global.nc.v2.b32 {{positive, negative}}, [address+{4 * WARPS * LANES}];"""
+    )
     return text + _activations(s)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
 from ds4jax.pallas.moe_shape import THREADS, WARPS, Shape
+from ds4jax.pallas.ptx_fixed_point import await_count
 
 
 def next_task(s: Shape) -> str:
@@ -111,13 +112,6 @@ WRITE:
     @p bra END;"""
         + slots.wait_for("FOUND", s.settled, "number")
         + finish(s)
-        + f"""
-    div.u32 a, pair, {s.at_once};
-    mov.b64 base, %finished;
-    mad.wide.u32 address, a, 4, base;
-    mov.u32 a, 1;
-    bar.warp.sync 0xffffffff;
-    @first red.release.gpu.global.add.u32 [address], a;"""
         + next_task(s)
         + """
     add.u32 number, number, 1;
@@ -140,11 +134,9 @@ HIDDEN_BLOCK:
 HIDDEN:
     div.u32 a, pair, {s.at_once};
     mov.b64 base, %finished;
-    mad.wide.u32 address, a, 4, base;
-FINISHED:
-    ld.acquire.gpu.global.u32 a, [address];
-    setp.lt.u32 p, a, {s.at_once * s.tiles};
-    @p bra FINISHED;
+    mad.wide.u32 address, a, 4, base;"""
+        + await_count("FINISHED", "[address]", s.at_once * s.tiles)
+        + """
     fence.proxy.async;"""
         + slots.wait_for("HIDDEN_ROOM", s.used, "stage", 2)
         + slots.copy_hidden(s)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
-from ds4jax.pallas.fixed_point import GROUP, unit
+from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import LANES, add_up, number, registers
+from ds4jax.pallas.ptx_fixed_point import count, fix
 from ds4jax.pallas.two_maps_shape import PIECE, ROWS, THREADS, Map, Shape
-
-_ONE = int(np.float32(1).view(np.uint32))
 
 
 class Activations(NamedTuple):
@@ -144,51 +141,18 @@ def total(weight: Map) -> str:
     return text
 
 
-def fix(s: Shape) -> str:
-    """Write a group of the middle, `f` of each lane, as `fixed_point.store` does.
-
-    Nothing is divided: the inverse of a group's power of two follows from its bits.
-    """
-    text = ""
-    if s.dtype == "bfloat16":
-        text += """
-    cvt.rn.bf16.f32 d, f;
-    mov.b32 a, {0, d};
-    mov.b32 f, a;"""
+def finish(s: Shape, counter: str) -> str:
+    """Write a group of the middle, `f` of each lane, and count it."""
+    text = fix(s.dtype)
     text += f"""
-    mov.b32 a, f;
-    and.b32 a, a, 0x7F800000;
-    redux.sync.max.u32 a, a, 0xffffffff;
-    max.u32 a, a, {np.float32(2.0**-100).view(np.uint32)};
-    mov.b32 g, a;
-    mul.f32 g, g, {number(1 / unit(s.limbs))};
-    sub.u32 a, {0x7F000000 + np.float32(unit(s.limbs)).view(np.uint32) - _ONE}, a;
-    mov.b32 sum0, a;
-    mul.f32 f, f, sum0;
-    add.f32 f, f, {number(0.5)};
-    cvt.rmi.s32.f32 w0, f;
     mad.lo.u32 a, row, {s.middle // GROUP}, group;
     mov.b64 base, %middle_scale;
-    mad.wide.u32 address, a, 4, base;
-    @first st.global.f32 [address], g;
+    mad.wide.u32 near, a, 4, base;
     mul.lo.u32 a, row, {s.limbs * s.middle // GROUP};
     add.u32 a, a, group;
     mov.b64 base, %middle_words;
-    mad.wide.u32 address, a, {GROUP}, base;
-    mad.wide.u32 address, lane, 1, address;
-    and.b32 part, lane, 3;
-    setp.eq.u32 leads, part, 0;
-    shl.b32 part, part, 3;"""
-    for limb in reversed(range(s.limbs)):
-        text += f"""
-    bfe.s32 a, w0, 0, 8;
-    sub.u32 w0, w0, a;
-    shr.s32 w0, w0, 8;
-    and.b32 a, a, 255;
-    shl.b32 a, a, part;
-    shfl.sync.bfly.b32 b, a, 1, 31, 0xffffffff;
-    or.b32 a, a, b;
-    shfl.sync.bfly.b32 b, a, 2, 31, 0xffffffff;
-    or.b32 a, a, b;
-    @leads st.global.b32 [address+{limb * s.middle}], a;"""
-    return text
+    mad.wide.u32 far, a, {GROUP}, base;
+    mad.wide.u32 far, lane, 1, far;"""
+    for limb in range(s.limbs):
+        text += f"\n    @fourth st.global.b32 [far+{limb * s.middle}], word{limb};"
+    return text + "\n    @first st.global.f32 [near], unit;" + count(counter)

@@ -15,8 +15,17 @@ from __future__ import annotations
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import LANES, divide, wait
-from ds4jax.pallas.q8_arithmetic import Activations, fix, multiply, read, stage, total
+from ds4jax.pallas.ptx_fixed_point import await_count, declare
+from ds4jax.pallas.q8_arithmetic import (
+    Activations,
+    finish,
+    multiply,
+    read,
+    stage,
+    total,
+)
 from ds4jax.pallas.two_maps_shape import (
+    AHEAD,
     APART,
     COLUMNS,
     FINISHERS,
@@ -24,6 +33,7 @@ from ds4jax.pallas.two_maps_shape import (
     OPERANDS,
     PIECE,
     ROWS,
+    WARPS,
     Shape,
 )
 
@@ -48,9 +58,12 @@ def _start(s: Shape) -> str:
     barriers += [(s.read + 8 * slot, MULTIPLIERS) for slot in range(s.ring)]
     for start, count in zip(s.summed, s.pieces, strict=True):
         barriers += [(start + 8 * piece, MULTIPLIERS) for piece in range(count)]
-    text = f"""
+    text = (
+        declare(s.dtype)
+        + f"""
     .reg .pred p, first, leads;
     .reg .b32 thread, lane, warp, shared, begin<2>, end<2>, slot, phase, bar, here;
+    .reg .b32 copies, old, old_phase;
     .reg .b32 task, piece, last, row, group, part, half, own, own_d, own_value, value;
     .reg .b32 at, other, at_d, at_x, at_scale, a, b, m<{s.limbs}>, w<{8 * ROWS}>;
     .reg .b32 x<{8 * s.limbs * max(s.kept, 1)}>;
@@ -68,6 +81,7 @@ def _start(s: Shape) -> str:
     cvt.u32.u64 shared, base;
     mov.u32 a, %ctaid.x;
     add.u32 b, a, 1;"""
+    )
     text += _share("begin0", "a", first.rows // PIECE, s.programs)
     text += _share("end0", "b", first.rows // PIECE, s.programs)
     text += _share("begin1", "a", second.rows // second.lines, s.programs)
@@ -84,7 +98,7 @@ def _start(s: Shape) -> str:
         + f"""
     @first fence.proxy.async.shared::cta;
 READY:
-    bar.sync 0;
+    bar.sync 0, {WARPS * LANES};
     setp.eq.u32 p, warp, {MULTIPLIERS};
     @p bra COPY;
     setp.ge.u32 p, warp, {MULTIPLIERS};
@@ -219,23 +233,33 @@ def _change_group(s: Shape, x: Activations) -> str:
 
 def _await_middle(s: Shape, x: Activations) -> str:
     """Wait until all groups of the middle are there that a warp multiplies."""
-    return f"""
+    return (
+        f"""
     mov.b64 base, %counters;
-    mad.wide.u32 address, part, {4 * APART}, base;
-MIDDLE:
-    ld.acquire.gpu.global.u32 a, [address];
-    setp.ne.u32 p, a, {COLUMNS // PIECE * s.rows};
-    @p bra MIDDLE;
-    mov.u32 group, 0;""" + stage(s, x)
+    mad.wide.u32 address, part, {4 * APART}, base;"""
+        + await_count("MIDDLE", "[address]", COLUMNS // PIECE * s.rows)
+        + "\n    mov.u32 group, 0;"
+        + stage(s, x)
+    )
 
 
 def _copy(s: Shape, number: int) -> str:
-    """Have the first lane copy the weights of a map's tasks, as there is room."""
+    """Have the first lane copy the weights of a map's tasks, as there is room.
+
+    No more than AHEAD are on their way: what else a multiprocessor asks memory for is
+    queued behind them.
+    """
     weight = s.maps[number]
     each = weight.each if number == 0 else 1
     copy = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     # Before the first round there is nothing to wait for: a new barrier is in phase 0.
-    text = "\n    mov.u32 phase, 1;" if number == 0 else ""
+    text = ""
+    if number == 0:
+        text += """
+    mov.u32 phase, 1;
+    mov.u32 copies, 0;
+    mov.u32 old, 0;
+    mov.u32 old_phase, 0;"""
     text += f"""
     mul.lo.u32 task, begin{number}, {each};
     mul.lo.u32 last, end{number}, {each};
@@ -246,6 +270,17 @@ COPY{number}:
     mad.lo.u32 here, slot, {s.slot}, shared;"""
     text += wait(f"READ{number}", f"bar+{s.read}", "phase")
     text += f"""
+    setp.lt.u32 p, copies, {AHEAD};
+    @p bra AHEAD{number};
+    mad.lo.u32 other, old, 8, shared;"""
+    text += wait(f"ARRIVED{number}", f"other+{s.copied}", "old_phase")
+    text += f"""
+    add.u32 old, old, 1;
+    setp.eq.u32 p, old, {s.ring};
+    @p mov.u32 old, 0;
+    @p xor.b32 old_phase, old_phase, 1;
+AHEAD{number}:
+    add.u32 copies, copies, 1;
     add.u32 bar, bar, {s.copied};
     @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {s.slot};"""
     for plane, size in (("quants", s.quants), ("d", s.slot - s.quants)):
@@ -281,14 +316,12 @@ FIX:
     setp.ge.u32 p, row, {s.rows};
     @p bra NEXT;"""
         + total(weight)
-        + fix(s)
-        + "\n    bar.warp.sync 0xffffffff;"
         + divide("a", "group", COLUMNS // PIECE)
         + f"""
     mov.b64 base, %counters;
-    mad.wide.u32 address, a, {4 * APART}, base;
-    mov.u32 a, 1;
-    @first red.release.gpu.global.add.u32 [address], a;
+    mad.wide.u32 address, a, {4 * APART}, base;"""
+        + finish(s, "[address]")
+        + f"""
     add.u32 row, row, {FINISHERS};
     add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};
     bra FIX;

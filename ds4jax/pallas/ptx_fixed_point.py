@@ -1,0 +1,79 @@
+"""How programs in PTX exchange values: in fixed point, and counted when written."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ds4jax.pallas.fixed_point import LIMBS, unit
+from ds4jax.pallas.ptx import number
+
+
+def declare(dtype: str) -> str:
+    """Declare the registers that are used here."""
+    return f"""
+    .reg .pred fourth;
+    .reg .b16 narrow;
+    .reg .b32 word<{LIMBS[dtype]}>, cut, byte, neighbour, place;
+    .reg .f32 unit, units;"""
+
+
+def fix(dtype: str) -> str:
+    """Put a group's values, a lane's `f`, into fixed point as `fixed_point.store` does.
+
+    Its scale is left in `unit`, and its words in `word0` to the last limb's, of every
+    `fourth` lane.  Nothing is divided: a power of two's inverse follows from its bits.
+    """
+    text = ""
+    if dtype == "bfloat16":
+        text += """
+    cvt.rn.bf16.f32 narrow, f;
+    mov.b32 cut, {0, narrow};
+    mov.b32 f, cut;"""
+    limbs = LIMBS[dtype]
+    most = unit(limbs)
+    inverse = (127 << 23) + int(np.float32(most).view(np.uint32))
+    text += f"""
+    mov.b32 cut, f;
+    and.b32 cut, cut, 0x7F800000;
+    redux.sync.max.u32 cut, cut, 0xffffffff;
+    max.u32 cut, cut, {np.float32(2.0**-100).view(np.uint32)};
+    mov.b32 unit, cut;
+    mul.f32 unit, unit, {number(1 / most)};
+    sub.u32 cut, {inverse}, cut;
+    mov.b32 units, cut;
+    mul.f32 units, f, units;
+    add.f32 units, units, {number(0.5)};
+    cvt.rmi.s32.f32 cut, units;
+    and.b32 place, lane, 3;
+    setp.eq.u32 fourth, place, 0;
+    shl.b32 place, place, 3;"""
+    for limb in reversed(range(limbs)):
+        word = f"word{limb}"
+        text += f"""
+    bfe.s32 byte, cut, 0, 8;
+    sub.u32 cut, cut, byte;
+    shr.s32 cut, cut, 8;
+    and.b32 byte, byte, 255;
+    shl.b32 {word}, byte, place;
+    shfl.sync.bfly.b32 neighbour, {word}, 1, 31, 0xffffffff;
+    or.b32 {word}, {word}, neighbour;
+    shfl.sync.bfly.b32 neighbour, {word}, 2, 31, 0xffffffff;
+    or.b32 {word}, {word}, neighbour;"""
+    return text
+
+
+def count(counter: str) -> str:
+    """Count what the warp has written, for `await_count` of others, by register `a`."""
+    return f"""
+    mov.u32 a, 1;
+    bar.warp.sync 0xffffffff;
+    @first red.release.gpu.global.add.u32 {counter}, a;"""
+
+
+def await_count(label: str, counter: str, least: int) -> str:
+    """Wait until so much has been counted, by registers `a` and `p`."""
+    return f"""
+{label}:
+    ld.acquire.gpu.global.u32 a, {counter};
+    setp.lt.u32 p, a, {least};
+    @p bra {label};"""
