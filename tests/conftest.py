@@ -2,8 +2,10 @@
 
 import gc
 import importlib.metadata
+import inspect
 import os
 
+import jaxtyping
 import pytest
 
 from ds4jax import xla_flags
@@ -25,6 +27,23 @@ if importlib.metadata.version("jaxlib") < "0.11":
 
 # Tracing makes so many objects that looking for garbage takes a tenth of its time.
 gc.set_threshold(50_000)
+
+
+def _sparing(*, typechecker, checked=jaxtyping.jaxtyped):
+    """Return jaxtyping's decorator, which leaves alone what promises nothing.
+
+    Functions inside others are decorated again each time they are traced, which takes a
+    fifth of tracing's time, and few of them have a type.
+    """
+    decorate = checked(typechecker=typechecker)
+    return lambda it: decorate(it) if _promises(it) else it
+
+
+def _promises(it) -> bool:
+    return bool(it.__annotations__) if inspect.isfunction(it) else True
+
+
+jaxtyping.jaxtyped = _sparing
 
 
 def pytest_configure(config: pytest.Config):
