@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import replay
@@ -41,25 +42,29 @@ DROWSY = Gate(least=5.0, patience=0.5, rest=4, longest=8, warm_up=1)
 """After each cycle that drafts it rests, mostly without the head."""
 TOKEN = st.integers(0, CONFIG.vocab - 1)
 BUDGET, EOS = st.integers(1, 9), st.just(-1) | TOKEN
+SLIM = models.slim_config()
+"""For what is done with anchors, whatever the layers are that made the streams."""
 same = np.testing.assert_array_equal
 _draft = jax.jit(transitions.draft, static_argnames="depth")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return replay.guessing_model()
+    return replay.guessing_model(SLIM)
 
 
 class Transitions(RuleBasedStateMachine):
     """A carry that anything happens to, and the replay of its text."""
 
+    config = SLIM
     policy: AnchorPolicy = "warm"
     gate: Gate | None = None
 
     def __init__(self):
         super().__init__()
-        self.model, self.how = replay.guessing_model(), self.decoding(CONTINUOUS.mode)
-        self.carry, self.replay = replay.empty(), Replay(self.model)
+        self.model = replay.guessing_model(self.config)
+        self.how = self.decoding(CONTINUOUS.mode)
+        self.carry, self.replay = replay.empty(self.config), Replay(self.model)
         self.verified = False
 
     def decoding(self, mode: Mode) -> Decoding:
@@ -156,7 +161,7 @@ class Transitions(RuleBasedStateMachine):
 
     @invariant()
     def is_as_replayed(self):
-        replay.assert_same_text(self.carry, self.replay.state)
+        replay.assert_same_text(self.carry, self.replay.state, self.config)
         replay.assert_anchor(self.carry, self.replay)
         warm = self.policy == "warm"
         gaps = not warm or self.gate is not None
@@ -185,11 +190,11 @@ def check(machine, examples: int, **more):
 
 
 @pytest.mark.parametrize(
-    "policy, gate",
-    [("warm", None), ("parity", None), ("warm", DROWSY)],
+    "config, policy, gate",
+    [(CONFIG, "warm", None), (SLIM, "parity", None), (SLIM, "warm", DROWSY)],
     ids=["warm", "parity", "gated"],
 )
-def test_after_anything_the_anchor_is_a_fresh_replays(policy, gate):
+def test_after_anything_the_anchor_is_a_fresh_replays(config, policy, gate):
     """Property 11, invariant I1: of the newest row and of all that wait with it.
 
     After every transition the tokens are as a list has them, and logits, the trunk's
@@ -198,7 +203,8 @@ def test_after_anything_the_anchor_is_a_fresh_replays(policy, gate):
     `decode` leaves as it was, see below, with chained cycles that piled up rows beyond
     ANCHOR_ROWS, and with one that a long rest kept.
     """
-    machine = type("Transitions", (Transitions,), {"policy": policy, "gate": gate})
+    how = {"config": config, "policy": policy, "gate": gate}
+    machine = type("Transitions", (Transitions,), how)
     check(machine, examples=12 if gate else 25)
 
 
@@ -296,7 +302,7 @@ def test_an_event_is_followed_by_a_cold_cycle_in_parity_only(model, how, event):
     counts = rest.statistics.of()
     assert counts["boots"] == cold
     assert counts["drafted"] >= counts["passes"] - cold - 1
-    replay.assert_same_text(rest, plain)
+    replay.assert_same_text(rest, plain, SLIM)
 
 
 def newest(carry: DecodeCarry):

@@ -63,9 +63,9 @@ def start(model: Model, tokens: list[int], how: Decoding = CONTINUOUS) -> Decode
     return driver.start(model, tokens, CONTEXT - len(tokens), how)
 
 
-def empty() -> DecodeCarry:
+def empty(config: ModelConfig = CONFIG) -> DecodeCarry:
     """Return a carry without tokens, with the state of a head."""
-    return carries.create(CONFIG, CONTEXT, mtp=True)
+    return carries.create(config, CONTEXT, mtp=True)
 
 
 def anchor(carry: DecodeCarry) -> Anchor:
@@ -90,7 +90,7 @@ class Replay:
 
     def __init__(self, model: Model):
         self.model = model
-        self.states = [empty()]
+        self.states = [empty(model.config)]
         self.steps: list[tuple[list[int], bool]] = []
 
     @property
