@@ -13,6 +13,7 @@ from typing import Any
 import commands
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 import replay as texts
@@ -32,12 +33,13 @@ PLAIN = Way("plain", GREEDY.mode, "G")
 CONTINUOUS = Way("continuous", Mode("continuous", 1), "G")
 BATCHED = Way("batched", Mode("continuous", 1, "batched"), "M'")
 CHAINED = Way("chained", Mode("chained", 1), "G")
+CONFIG = models.slim_config()
 
 
 def check(*ways: Way) -> list[Row]:
     """Return the rows of a model whose head guesses right now and then."""
-    prompts = {"text": texts.text(41)}
-    return list(identity.check(texts.guessing_model(), prompts, TOKENS, ways))
+    prompts = {"text": texts.text(37)}
+    return list(identity.check(texts.guessing_model(CONFIG), prompts, TOKENS, ways))
 
 
 def test_every_way_of_decoding_passes():
@@ -175,7 +177,7 @@ def test_a_distance_is_zero_of_equal_bits_only():
 
 def test_too_few_tokens_are_told():
     with pytest.raises(CapacityError, match="max_tokens: expected more than 128, as"):
-        list(identity.check(texts.guessing_model(), {"a": [1]}, 128, [PLAIN]))
+        list(identity.check(texts.guessing_model(CONFIG), {"a": [1]}, 128, [PLAIN]))
 
 
 @pytest.fixture(scope="module")
