@@ -23,6 +23,7 @@ from ds4jax.quant import dequantize
 
 ROWS = 8
 WIDTHS = (1, 2, 3, 4, 7)
+WIDE = (1, 2), (5,)
 WORST = {"float32": 2.0**-19, "bfloat16": 2.0**-13}
 """Of the sum of magnitudes: twice what the last limb of `fix` may round away."""
 swiglu = Swiglu(0.5)
@@ -106,15 +107,15 @@ def test_fixed_point_of_normed_rows(dtype):
 
 
 @pytest.mark.parametrize(
-    "name, used, dtype",
+    "name, used, dtype, width",
     [
-        (name, used, [*LIMBS][(i + used) % 2])
+        (name, used, [*LIMBS][(i + used) % 2], 1 + (i // 2 + used) % 2)
         for i, name in enumerate(experts.FORMATS)
         for used in (3, 4)
     ],
 )
-def test_experts_are_weighed_and_added(name, used, dtype):
-    """One at a time, or two; every two of format, number and type meet.
+def test_experts_are_weighed_and_added(name, used, dtype, width):
+    """One at a time, or two; every two of format, number, type and width meet.
 
     Seen red with the first one's share for all.
     """
@@ -130,9 +131,8 @@ def test_experts_are_weighed_and_added(name, used, dtype):
     whole = run(x, share)
     chosen = jax.tree.map(lambda plane: plane[ids], w)
     check(whole, "nui,nuoi,nu->no", x, chosen, dtype, share)
-    for width in (1, 2):
-        spoilt = (a.at[width:].set(jnp.nan) for a in (x, share))
-        assert_copies(run(*spoilt, width=width), whole, width)
+    spoilt = (a.at[width:].set(jnp.nan) for a in (x, share))
+    assert_copies(run(*spoilt, width=width), whole, width)
 
 
 @pytest.mark.parametrize("name", experts.FORMATS)
@@ -188,15 +188,15 @@ def test_gated_experts(name, order, dtype):
 
 
 @pytest.mark.parametrize(
-    "hidden, merges, dtype",
+    "hidden, merges, dtype, widths",
     [
-        (hidden, merges, [*LIMBS][(i + merges) % 2])
+        (hidden, merges, [*LIMBS][(i + merges) % 2], WIDE[(i + merges // 2) % 2])
         for i, hidden in enumerate((128, 256))
         for merges in range(3)
     ],
 )
-def test_hyper_connection(hidden, merges, dtype):
-    """Every two of the three meet.  Seen red with fixed point before the norm."""
+def test_hyper_connection(hidden, merges, dtype, widths):
+    """Every two of the four meet.  Seen red with fixed point before the norm."""
     config = models.micro_config(hc_eps=0.01, dtype=dtype)
     weights = {"fn": normal(1, 24, 4 * hidden) / 8, "base": normal(2, 24)}
     weights["scale"] = normal(3, 3)
@@ -228,7 +228,7 @@ def test_hyper_connection(hidden, merges, dtype):
     whole = [x, *others]
     for found, wanted in zip(whole, expected, strict=True):
         np.testing.assert_allclose(found, wanted[0], rtol=1e-5, atol=1e-5)
-    for width in (1, 2, 5):
+    for width in widths:
         blank = lambda a: a.at[width:].set(jnp.nan)  # noqa: B023, E731
         x, _, merged, *found = read(jax.tree.map(blank, (streams, update)), width)
         # Without an update the streams are what they were.
