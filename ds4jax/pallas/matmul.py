@@ -131,19 +131,19 @@ def _dense_kernel(
     ]
     if len(packed) == len(weights):
 
-        def multiply(x: Array, width: int) -> tuple[Array, ...]:
+        def multiply(x, width):
             rows = fix(x, dtype) if fixed is None else fixed
             return q8_0.matvecs(rows, packed, width)
 
     elif len(floats) == len(weights):
 
-        def multiply(x: Array, width: int) -> tuple[Array, ...]:
+        def multiply(x, width):
             return plain.matvecs(x, floats, width, dtype=dtype)
 
     else:
         return None
 
-    def kernel(width: int, x: Array) -> tuple[Array, ...]:
+    def kernel(width, x):
         if x.ndim == 3:
             return tuple(out[None] for out in multiply(x[0], width))
         # Several vectors a row: the sums of 8 at most fit into registers.
