@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,8 @@ from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 from ds4jax.pallas.passes import Weight
 from ds4jax.quant import QuantTensor
 
-W = TypeVar("W", bound=Weight)
-"""Weights of one kind."""
 
-
-class Experts(NamedTuple, Generic[W]):
+class Experts(NamedTuple):
     """The weights of one expert, or of a stack of them.
 
     Attributes:
@@ -37,9 +34,17 @@ class Experts(NamedTuple, Generic[W]):
       down: [*E, Out, F].
     """
 
-    gate: W
-    up: W
-    down: W
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def packed(weights: Experts) -> tuple[QuantTensor, QuantTensor, QuantTensor]:
+    """Return gate, up and down, all of which have to be quantised."""
+    gate, up, down = weights
+    assert isinstance(gate, QuantTensor) and isinstance(up, QuantTensor)
+    assert isinstance(down, QuantTensor)
+    return gate, up, down
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard
 
 from jaxtyping import Array, Float, Int
 
 from ds4jax.pallas import experts, moe_ptx, q8_0
-from ds4jax.pallas.experts import Experts
+from ds4jax.pallas.experts import Experts, packed
 from ds4jax.pallas.fixed_point import FixedPoint, fix, fix_gated
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import QuantTensor
 
 
-def has_kernels(routed: Experts) -> TypeGuard[Experts[QuantTensor]]:
+def has_kernels(routed: Experts) -> bool:
     """Say whether `moe_by_kernel` is for these experts."""
     formats = [w.format if isinstance(w, QuantTensor) else "" for w in routed]
     return formats[0] == formats[1] and all(f in experts.FORMATS for f in formats)
 
 
-def has_shared_kernel(shared: Experts) -> TypeGuard[Experts[QuantTensor]]:
+def has_shared_kernel(shared: Experts) -> bool:
     """Say whether `shared_by_kernel` is for this expert."""
     return all(is_q8_0(w) for w in shared)
 
@@ -30,7 +29,7 @@ def moe_by_kernel(
     x: Float[Array, "1 N In"],
     expert_ids: Int[Array, "N U"],
     share: Float[Array, "N U"],
-    routed: Experts[QuantTensor],
+    routed: Experts,
     shared: Experts,
     instead: Callable[[Array], Array],
     activation: Callable[[Array, Array], Array],
@@ -55,7 +54,7 @@ def moe_by_kernel(
       fixed: as of `shared_by_kernel`.
       interpret: without a GPU.
     """
-    gate, up, down = routed
+    gate, up, down = packed(routed)
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
     rows, each = fix(x[0], dtype, order, interpret=interpret), expert_ids.shape[1]
     programs = moe_ptx.programs(routed, shared.down, activation, each)
@@ -63,8 +62,8 @@ def moe_by_kernel(
         assert isinstance(activation, Swiglu)
         hidden = _shared_hidden(x, shared, activation, dtype, width, fixed, interpret)
         own, out = moe_ptx.multiply(
-            rows, hidden, routed, shared.down, expert_ids, share, activation, dtype,
-            width, programs,
+            rows, hidden, routed, packed(shared)[2], expert_ids, share, activation,
+            dtype, width, programs,
         )  # fmt: skip
         return own[None], out[None]
     hidden = experts.gated(
@@ -83,7 +82,7 @@ def moe_by_kernel(
 
 def shared_by_kernel(
     x: Float[Array, "1 N In"],
-    expert: Experts[QuantTensor],
+    expert: Experts,
     activation: Callable[[Array, Array], Array],
     dtype: str,
     width: int,
@@ -103,12 +102,12 @@ def shared_by_kernel(
       interpret: without a GPU.
     """
     hidden = _shared_hidden(x, expert, activation, dtype, width, fixed, interpret)
-    out = q8_0.matvec(hidden, expert.down, width=width, interpret=interpret)
+    out = q8_0.matvec(hidden, packed(expert)[2], width=width, interpret=interpret)
     return out[None, :, 0]
 
 
 def _shared_hidden(x, expert, activation, dtype, width, fixed, interpret):
-    gate, up, _ = expert
+    gate, up, _ = packed(expert)
     rows = fix(x[0], dtype, interpret=interpret) if fixed is None else fixed
     by_gate, by_up = q8_0.matvecs(rows, [gate, up], width, interpret=interpret)
     return fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from ds4jax.pallas import iq2_xxs, ptx
-from ds4jax.pallas.experts import Experts
+from ds4jax.pallas.experts import Experts, packed
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, shapes
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.moe_program import program
@@ -38,7 +38,7 @@ _GATED = "grid", "signs", "d"
 
 
 def programs(
-    routed: Experts[QuantTensor], shared_down: object, activation: object, each: int
+    routed: Experts, shared_down: object, activation: object, each: int
 ) -> int:
     """Return how many programs `multiply` would have: one for each multiprocessor.
 
@@ -47,9 +47,7 @@ def programs(
     return ptx.programs() if serves(routed, shared_down, activation, each) else 0
 
 
-def serves(
-    routed: Experts[QuantTensor], shared_down: object, activation: object, each: int
-) -> bool:
+def serves(routed: Experts, shared_down: object, activation: object, each: int) -> bool:
     """Say whether `multiply` is for these experts, on a GPU that has what it needs.
 
     Args:
@@ -58,11 +56,12 @@ def serves(
       activation: of both.
       each: experts of a row.
     """
-    if tuple(w.format for w in routed) != _ROUTED or not is_q8_0(shared_down):
+    gate, up, down = packed(routed)
+    if (gate.format, up.format, down.format) != _ROUTED or not is_q8_0(shared_down):
         return False
     if not isinstance(activation, Swiglu):
         return False
-    (_, hidden, width), (_, out, _) = routed.gate.shape, routed.down.shape
+    (_, hidden, width), (_, out, _) = gate.shape, down.shape
     # A lane loads its groups of a row of gate at once, and they share a `d`.
     lane, rest = divmod(width // GROUP, LANES)
     if hidden != HIDDEN or rest or lane not in (2, 4) or out % GROUP:
@@ -73,7 +72,7 @@ def serves(
 def multiply(
     x: FixedPoint,
     hidden: FixedPoint,
-    routed: Experts[QuantTensor],
+    routed: Experts,
     shared_down: QuantTensor,
     expert_ids: Int[Array, "R U"],
     share: Float[Array, "R U"],
@@ -98,7 +97,7 @@ def multiply(
       programs: that run side by side; the result is the same whatever their number.
     """
     rows, each = expert_ids.shape
-    _, out, _ = routed.down.shape
+    _, out, _ = packed(routed)[2].shape
     shape = _shape(
         width, rows, each, GROUP * x.scale.shape[1], out, dtype, activation.limit,
         programs,
@@ -124,13 +123,13 @@ def _shape(width, rows, each, into, out, dtype, limit, programs) -> Shape:
 def operands(
     x: FixedPoint,
     hidden: FixedPoint,
-    routed: Experts[QuantTensor],
+    routed: Experts,
     shared_down: QuantTensor,
     expert_ids: Array,
     share: Array,
 ) -> list[Array]:
     """Return what a program reads, in its order."""
-    gate, up, down = (w.planes for w in routed)
+    gate, up, down = (w.planes for w in packed(routed))
     own = shared_down.planes
     return [
         expert_ids.reshape(-1), share.reshape(-1), x.words, x.scale,

@@ -41,7 +41,7 @@ def launch(
     programs: int,
     warps: int,
     counters: int = 0,
-) -> list[Array]:
+) -> Sequence[Array]:
     """Return what programs write.
 
     Args:
