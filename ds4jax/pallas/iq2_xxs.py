@@ -4,7 +4,7 @@ Nothing is converted: a grid row is looked up as eight codes of 2 bits, its sign
 put beside them, and `prmt` picks four bytes of eight by that.
 
 On an H200 gate and up of six experts of 2048 x 4096 take 19.3 us, SwiGLU and fixed
-point among it, and those of two rows 29.1.  `iq2_gated` is faster, where it serves.
+point among it, and those of two rows 29.1.  `moe_ptx` is faster, where it serves.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ has a table of codes for itself, and programs wait for each other, not for a lau
 have weights of down in place by then: none of that can be said to Triton.
 
 On an H200 six experts of 2048 x 4096 and the shared one's down take one row 20.9 us and
-two rows 34, where Triton's launches take 38 and 56 one after the other.  A task of gate
-and up takes 2.8, of which `dp4a`, at four cycles a warp, are 2.2.
+two rows 34, where Triton's launches take 38 and 56 one after the other.  Half of it are
+products by `dp4a`, if that takes four cycles a warp (benchmarks/NOTES.md).
 
 No two of these launches may run side by side: each has all its programs wait for each
 other, so that they have to have the multiprocessors for themselves.
