@@ -10,7 +10,7 @@ import numpy as np
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
-from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
+from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
 from ds4jax.pallas.ptx_fixed_point import count, fix
 
 
@@ -114,8 +114,7 @@ def finish(s: Shape) -> str:
     ld.shared.f32 f, [a+{s.values}];""" + tell(s.read, "number")
     text += fix(s.dtype)
     text += f"""
-    and.b32 a, tile, {levels - 1};
-    shr.u32 b, tile, {levels.bit_length() - 1};
+    and.b32 a, tile, {levels - 1};{divide("b", "tile", levels)}
     mad.lo.u32 to, a, {s.tiles // levels}, b;
     mul.lo.u32 a, pair, {s.limbs * s.tiles};
     add.u32 a, a, to;
@@ -135,8 +134,7 @@ def finish(s: Shape) -> str:
         text += add_lanes("f", "g", bit)
     text += f"""
     and.b32 a, lane, {LANES // 2 - 1};
-    setp.eq.u32 p, a, 0;
-    shr.u32 a, lane, {LANES.bit_length() - 2};
+    setp.eq.u32 p, a, 0;{divide("a", "lane", LANES // 2)}
     mad.lo.u32 a, to, 2, a;
     mov.b64 base, %hidden_sums;
     mad.wide.u32 address, a, 4, base;

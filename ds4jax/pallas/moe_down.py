@@ -16,7 +16,7 @@ from ds4jax.pallas.down_arithmetic import (
 )
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import DOWN_ROWS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, number
+from ds4jax.pallas.ptx import LANES, add_up, divide, number
 
 
 def down(s: Shape) -> str:
@@ -72,8 +72,8 @@ ROW:"""
 def _store(s: Shape, operand: str) -> str:
     """Write the sums of a warp's rows, for copies of the last row too."""
     each = LANES // DOWN_ROWS
-    text = f"""
-    shr.u32 a, lane, {each.bit_length() - 1};
+    text = divide("a", "lane", each)
+    text += f"""
     mad.lo.u32 a, warp, {DOWN_ROWS}, a;
     mad.lo.u32 a, block, {GROUP}, a;
     mad.lo.u32 a, own_row, {s.out}, a;

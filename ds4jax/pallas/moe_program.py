@@ -24,7 +24,7 @@ from ds4jax.pallas.moe_shape import (
     WARPS,
     Shape,
 )
-from ds4jax.pallas.ptx import LANES, add_up, registers
+from ds4jax.pallas.ptx import LANES, add_up, begin, divide, registers
 from ds4jax.pallas.ptx_fixed_point import declare
 
 
@@ -39,9 +39,8 @@ def program(s: Shape) -> str:
 def _start(s: Shape) -> str:
     """Declare registers, and have all on its way that is read first."""
     x, words = 8 * s.limbs * s.steps, 2 * s.steps
-    text = (
-        declare(s.dtype)
-        + f"""
+    text = declare(s.dtype)
+    text += f"""
     .reg .pred p, first, lower;
     .reg .b32 thread, lane, warp, shared, number, phase, bar, here, to, a, b, c, w;
     .reg .b32 pair, tile, block, stage, turn, end, own_row, row, expert;
@@ -52,19 +51,13 @@ def _start(s: Shape) -> str:
     .reg .b64 address, base;
     .reg .b16 half<4>;
     .reg .f32 d, f, g, scale<4>, sum<{ROWS}>, value<2>, product, minimum;
-    .reg .f32 half_sum<4>, share<{s.at_once}>;
-    mov.u32 thread, %tid.x;
-    mov.u32 a, %tid.y;
-    mov.u32 b, %ntid.x;
-    mad.lo.u32 thread, a, b, thread;
-    and.b32 lane, thread, {LANES - 1};
-    shr.u32 warp, thread, {LANES.bit_length() - 1};
-    setp.eq.u32 first, lane, 0;
+    .reg .f32 half_sum<4>, share<{s.at_once}>;"""
+    text += begin()
+    text += f"""
     setp.lt.u32 lower, lane, {LANES // 2};
     mov.b64 base, %shared;
     cvt.u32.u64 shared, base;
-    mov.u32 block, %ctaid.x;
-    shr.u32 pair, block, {s.tiles.bit_length() - 1};
+    mov.u32 block, %ctaid.x;{divide("pair", "block", s.tiles)}
     and.b32 tile, block, {s.tiles - 1};
     mov.u32 number, 0;
     setp.ge.u32 p, warp, {WARPS};
@@ -74,7 +67,6 @@ def _start(s: Shape) -> str:
     ld.global.nc.b32 w, [address];
     mad.wide.u32 address, lane, 8, base;
     ld.global.nc.v2.b32 {{positive, negative}}, [address+{4 * WARPS * LANES}];"""
-    )
     return text + _activations(s)
 
 
@@ -118,6 +110,7 @@ def _gated(s: Shape) -> str:
         row + which for row in (0, half) for which in (0, 1, 2 * half, 2 * half + 1)
     ]
     order = [(row, step) for row in rows for step in range(s.steps)]
+    block = divide("a", "lane", BLOCK // s.steps)
     text = (
         f"""
     mad.lo.u32 lane_table, lane, 4, shared;
@@ -128,8 +121,7 @@ GATED:"""
         + f"""
     mad.lo.u32 at, warp, {4 * s.groups}, here;
     mad.lo.u32 at, lane, {4 * s.steps}, at;
-    mad.lo.u32 at_d, warp, {2 * s.groups // BLOCK}, here;
-    shr.u32 a, lane, {(BLOCK // s.steps).bit_length() - 1};
+    mad.lo.u32 at_d, warp, {2 * s.groups // BLOCK}, here;{block}
     mad.lo.u32 at_d, a, 2, at_d;"""
         + read(s, 0)
         + look_up(s, 0, *order[0])
@@ -152,8 +144,7 @@ GATED:"""
         + slots.wait_for("VALUES_READ", s.read, "number", 2)
         + f"""
     and.b32 a, number, 1;
-    mad.lo.u32 b, a, {4 * GROUP}, shared;
-    shr.u32 c, lane, {EACH.bit_length() - 1};
+    mad.lo.u32 b, a, {4 * GROUP}, shared;{divide("c", "lane", EACH)}
     mad.lo.u32 c, c, {WARPS}, warp;
     mad.lo.u32 b, c, 4, b;
     and.b32 c, lane, {EACH - 1};

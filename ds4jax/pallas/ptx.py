@@ -95,6 +95,18 @@ def _carry(text: str):
     return carry
 
 
+def begin() -> str:
+    """Find a thread's number, lane and warp, and whether it is a warp's first lane."""
+    return f"""
+    mov.u32 thread, %tid.x;
+    mov.u32 a, %tid.y;
+    mov.u32 b, %ntid.x;
+    mad.lo.u32 thread, a, b, thread;
+    and.b32 lane, thread, {LANES - 1};
+    shr.u32 warp, thread, {LANES.bit_length() - 1};
+    setp.eq.u32 first, lane, 0;"""
+
+
 def wait(label: str, barrier: str, phase: str) -> str:
     """Wait until a barrier, whose address is in a register, has ended a phase."""
     return f"""

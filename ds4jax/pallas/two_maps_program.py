@@ -14,7 +14,7 @@ weight's columns, and a warp that multiplies that part waits for all of its grou
 from __future__ import annotations
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import LANES, divide, wait
+from ds4jax.pallas.ptx import LANES, begin, divide, wait
 from ds4jax.pallas.ptx_fixed_point import await_count, declare
 from ds4jax.pallas.q8_arithmetic import (
     Activations,
@@ -58,9 +58,8 @@ def _start(s: Shape) -> str:
     barriers += [(s.read + 8 * slot, MULTIPLIERS) for slot in range(s.ring)]
     for start, count in zip(s.summed, s.pieces, strict=True):
         barriers += [(start + 8 * piece, MULTIPLIERS) for piece in range(count)]
-    text = (
-        declare(s.dtype)
-        + f"""
+    text = declare(s.dtype)
+    text += f"""
     .reg .pred p, first, leads;
     .reg .b32 thread, lane, warp, shared, begin<2>, end<2>, slot, phase, bar, here;
     .reg .b32 copies, old, old_phase;
@@ -69,19 +68,13 @@ def _start(s: Shape) -> str:
     .reg .b32 x<{8 * s.limbs * max(s.kept, 1)}>;
     .reg .b64 address, base, near, far;
     .reg .b16 d;
-    .reg .f32 f, g, scale<{max(s.kept, 1)}>, d<{ROWS}>, sum<{ROWS}>;
-    mov.u32 thread, %tid.x;
-    mov.u32 a, %tid.y;
-    mov.u32 b, %ntid.x;
-    mad.lo.u32 thread, a, b, thread;
-    and.b32 lane, thread, {LANES - 1};
-    shr.u32 warp, thread, {LANES.bit_length() - 1};
-    setp.eq.u32 first, lane, 0;
+    .reg .f32 f, g, scale<{max(s.kept, 1)}>, d<{ROWS}>, sum<{ROWS}>;"""
+    text += begin()
+    text += """
     mov.b64 base, %shared;
     cvt.u32.u64 shared, base;
     mov.u32 a, %ctaid.x;
     add.u32 b, a, 1;"""
-    )
     text += _share("begin0", "a", first.rows // PIECE, s.programs)
     text += _share("end0", "b", first.rows // PIECE, s.programs)
     text += _share("begin1", "a", second.rows // second.lines, s.programs)
