@@ -20,14 +20,13 @@ SHARED = 1024
 """Where shared memory begins; operand i begins at (i + 1) << 32."""
 TURN = 400
 """Instructions that a warp runs at most before another's turn."""
+PACES = 0.3, 0.005
+"""Chances of a copy to arrive at a turn: soon, or when many have gone on."""
 PATIENCE = 10_000
 """Waits after each other, all in vain, before the machine gives up."""
 
-ALL = np.ones(LANES, bool)
-
 TYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
-
-
+ALL = np.ones(LANES, bool)
 LANE, NIBBLES = np.arange(LANES)[:, None], np.arange(0, 16, 4, dtype=np.uint32)
 
 
@@ -239,11 +238,10 @@ class Program:
     def __init__(self, machine: Machine, number: int, chance: random.Random):
         self.machine, self.number, self.chance = machine, number, chance
         self.shared = np.full(machine.shared, 255, np.uint8)
-        self.barriers, self.copies = {}, []
-        known = {
-            "%tid.y": 0, "%ntid.x": LANES * machine.warps, "%ctaid.x": number
-        }  # fmt: skip
-        known = {name: np.full(LANES, x, np.uint32) for name, x in known.items()}
+        self.barriers, self.copies, self.pace = {}, [], PACES[0]
+        names = "%tid.y", "%ntid.x", "%ctaid.x"
+        sizes = np.array([0, LANES * machine.warps, number], np.uint32)
+        known = dict(zip(names, np.repeat(sizes[:, None], LANES, 1), strict=True))
         self.files = [
             known | {"%tid.x": np.arange(LANES, dtype=np.uint32) + LANES * warp}
             for warp in range(machine.warps)
@@ -254,8 +252,9 @@ class Program:
 
     def take_turn(self) -> bool:
         """Let a copy arrive, or none, and a warp run; say whether any has not ended."""
-        if self.copies and self.chance.random() < 0.3:
+        if self.copies and self.chance.random() < self.pace:
             self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
+            self.pace = self.chance.choice(PACES)
         able = sorted(self.live - self.waiting)
         assert able, "all wait for each other"
         warp = self.chance.choice(able)
