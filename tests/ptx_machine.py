@@ -22,7 +22,7 @@ TURN = 400
 """Instructions that a warp runs at most before another's turn."""
 PACES = 0.3, 0.005
 """Chances of a copy to arrive at a turn: soon, or when many have gone on."""
-PATIENCE = 10_000
+PATIENCE = 100_000
 """Waits after each other, all in vain, before the machine gives up."""
 
 TYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
