@@ -137,10 +137,8 @@ def test_experts_in_ptx_and_by_triton(dtype, monkeypatch):
     activation = Swiglu(10.0)
     if not moe_ptx.programs(routed, shared.down, activation, 6):
         pytest.skip("this GPU has no such programs")
-    x, share = (
-        jax.random.normal(key(6), (1, 8, 4096)),
-        jax.random.normal(key(7), (8, 6)),
-    )
+    x = jax.random.normal(key(6), (1, 8, 4096))
+    share = jax.random.normal(key(7), (8, 6))
     ids = jax.random.randint(key(8), (8, 6), 0, 8)
 
     @functools.partial(jax.jit, static_argnums=0)

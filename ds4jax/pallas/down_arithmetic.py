@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import DOWN_ROWS, HIDDEN, ORDER, Shape
 from ds4jax.pallas.ptx import LANES, number, registers
+from ds4jax.pallas.ptx_fixed_point import to_float
 
 _CHUNKS = HIDDEN // (16 * LANES)
 """That a lane has of a row in Q8_0: halves of groups."""
@@ -64,7 +65,7 @@ SHEXP_ROWS:"""
     ld.shared.v4.b32 {registers("q", 0, 4)}, [at+{at}];
     ld.shared.b16 half0, [at_d+{at_d}];"""
             limbs = [limb * _CHUNKS + chunk for limb in range(s.limbs)]
-            text += _dot("s32", words, limbs) + _convert(s)
+            text += _dot("s32", words, limbs) + to_float(s.limbs)
             text += f"""
     cvt.f32.f16 d, half0;
     mul.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
@@ -202,7 +203,7 @@ def _multiply(s: Shape, row: int) -> str:
     mul.lo.s32 m0, m0, times;"""
         if s.limbs == 3:
             text += "\n    mul.lo.s32 m2, m2, times;"
-        text += _convert(s) + _add("product", f"scale{level}", level == 0)
+        text += to_float(s.limbs) + _add("product", f"scale{level}", level == 0)
         text += f"""
     and.b32 least, packed{row}, 0xF0F0F0F0;
     prmt.b32 least, least, exponent, 0x754{level};
@@ -232,16 +233,6 @@ def _dot(kind: str, words: list[str], places: list[int]) -> str:
             x = f"x{4 * place + i}"
             text += f"\n    dp4a.{kind}.s32 m{limb}, {word}, {x}, m{limb};"
     return text + "\n    mad.lo.s32 m0, m0, 256, m1;"
-
-
-def _convert(s: Shape) -> str:
-    """Return what the limbs' sums are as a number `f`."""
-    text = "\n    cvt.rn.f32.s32 f, m0;"
-    if s.limbs == 3:
-        text += f"""
-    cvt.rn.f32.s32 g, m2;
-    fma.rn.f32 f, f, {number(256.0)}, g;"""
-    return text
 
 
 def _add(to: str, times: str, is_first: bool) -> str:

@@ -61,9 +61,10 @@ def moe_by_kernel(
     if programs and not interpret and has_shared_kernel(shared):
         assert isinstance(activation, Swiglu)
         hidden = _shared_hidden(x, shared, activation, dtype, width, fixed, interpret)
+        _, _, last = packed(shared)
         own, out = moe_ptx.multiply(
-            rows, hidden, routed, packed(shared)[2], expert_ids, share, activation,
-            dtype, width, programs,
+            rows, hidden, routed, last, expert_ids, share, activation, dtype, width,
+            programs,
         )  # fmt: skip
         return own[None], out[None]
     hidden = experts.gated(
@@ -102,7 +103,8 @@ def shared_by_kernel(
       interpret: without a GPU.
     """
     hidden = _shared_hidden(x, expert, activation, dtype, width, fixed, interpret)
-    out = q8_0.matvec(hidden, packed(expert)[2], width=width, interpret=interpret)
+    _, _, down = packed(expert)
+    out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
     return out[None, :, 0]
 
 

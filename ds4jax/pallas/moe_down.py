@@ -16,7 +16,7 @@ from ds4jax.pallas.down_arithmetic import (
 )
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import DOWN_ROWS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, divide, number
+from ds4jax.pallas.ptx import LANES, add_up, divide, number, store_row
 
 
 def down(s: Shape) -> str:
@@ -80,9 +80,5 @@ def _store(s: Shape, operand: str) -> str:
     mov.b64 base, %{operand};
     mad.wide.u32 address, a, 4, base;
     and.b32 a, lane, {each - 1};
-    setp.eq.u32 p, a, 0;
-    @p st.global.f32 [address], sum0;
-    setp.eq.and.u32 p, own_row, {s.rows - 1}, p;"""
-    for copy in range(1, s.copied_rows + 1):
-        text += f"\n    @p st.global.f32 [address+{4 * s.out * copy}], sum0;"
-    return text
+    setp.eq.u32 p, a, 0;"""
+    return text + store_row("sum0", "p", "own_row", s.rows, s.copied_rows, 4 * s.out)

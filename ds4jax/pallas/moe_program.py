@@ -24,16 +24,14 @@ from ds4jax.pallas.moe_shape import (
     WARPS,
     Shape,
 )
-from ds4jax.pallas.ptx import LANES, add_up, begin, divide, registers
+from ds4jax.pallas.ptx import LANES, add_up, begin, bind, divide, registers
 from ds4jax.pallas.ptx_fixed_point import declare
 
 
 def program(s: Shape) -> str:
     """Return the text of a program."""
     text = "{" + _start(s) + _fill_table() + _gated(s) + down(s) + service(s)
-    for number, name in enumerate(OPERANDS):
-        text = text.replace(f"%{name};", f"${number};")
-    return text + "\nEND:\n}"
+    return bind(text, OPERANDS) + "\nEND:\n}"
 
 
 def _start(s: Shape) -> str:

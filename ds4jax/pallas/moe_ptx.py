@@ -97,7 +97,8 @@ def multiply(
       programs: that run side by side; the result is the same whatever their number.
     """
     rows, each = expert_ids.shape
-    _, out, _ = packed(routed)[2].shape
+    *_, down = packed(routed)
+    _, out, _ = down.shape
     shape = _shape(
         width, rows, each, GROUP * x.scale.shape[1], out, dtype, activation.limit,
         programs,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
 from ds4jax.pallas.moe_shape import THREADS, WARPS, Shape
+from ds4jax.pallas.ptx import start_barriers
 from ds4jax.pallas.ptx_fixed_point import await_count
 
 
@@ -49,12 +50,8 @@ OTHERS:
 def _weights(s: Shape) -> str:
     """Have the weights of all tasks copied, as soon as there is room."""
     text = _ids(s, 1)
-    for barrier, count in s.barriers:
-        for at in (barrier, barrier + 8):
-            text += f"""
-    @first mbarrier.init.shared::cta.b64 [shared+{at}], {count};"""
+    text += start_barriers(s.barriers)
     text += f"""
-    @first fence.proxy.async.shared::cta;
     bar.warp.sync 0xffffffff;
     bar.arrive 0, {THREADS};
 COPY_GATED:
@@ -82,14 +79,19 @@ COPY_EXPERTS:"""
     return (
         text
         + slots.copy_experts(s)
-        + f"""
-    add.u32 number, number, 1;
+        + _next_experts(s, "number", "COPY_EXPERTS", "COPY_BLOCK")
+    )
+
+
+def _next_experts(s: Shape, count: str, experts: str, block: str) -> str:
+    """Go on to a block's next experts, or to the next block."""
+    return f"""
+    add.u32 {count}, {count}, 1;
     add.u32 pair, pair, {s.at_once};
     setp.lt.u32 p, pair, {s.pairs};
-    @p bra COPY_EXPERTS;
+    @p bra {experts};
     add.u32 block, block, {s.programs};
-    bra COPY_BLOCK;"""
-    )
+    bra {block};"""
 
 
 def _ids(s: Shape, count: int) -> str:
@@ -140,11 +142,5 @@ HIDDEN:
     fence.proxy.async;"""
         + slots.wait_for("HIDDEN_ROOM", s.used, "stage", 2)
         + slots.copy_hidden(s)
-        + f"""
-    add.u32 stage, stage, 1;
-    add.u32 pair, pair, {s.at_once};
-    setp.lt.u32 p, pair, {s.pairs};
-    @p bra HIDDEN;
-    add.u32 block, block, {s.programs};
-    bra HIDDEN_BLOCK;"""
+        + _next_experts(s, "stage", "HIDDEN", "HIDDEN_BLOCK")
     )

@@ -115,9 +115,14 @@ class Shape(NamedTuple):
         return 2 * sum(size for _, size in self.gated_planes)
 
     @property
+    def shexp_planes(self) -> tuple[tuple[str, int], ...]:
+        """Return the planes of a block of the shared expert's down, and their bytes."""
+        return ("quants", GROUP * HIDDEN), ("d", HIDDEN * 2)
+
+    @property
     def shexp(self) -> int:
-        """Return the bytes of a block of the shared expert's down: quants, d."""
-        return GROUP * (HIDDEN + HIDDEN // GROUP * 2)
+        """Return the bytes of that."""
+        return sum(size for _, size in self.shexp_planes)
 
     @property
     def expert(self) -> int:
@@ -197,7 +202,8 @@ class Shape(NamedTuple):
         """Return where barriers are, and how many warps or copies each waits for."""
         by_one = self.copied, self.copied + 16, self.read, self.arrived
         by_all = self.settled, self.used
-        return [(at, 1) for at in by_one] + [(at, WARPS) for at in by_all]
+        barriers = [(at, 1) for at in by_one] + [(at, WARPS) for at in by_all]
+        return [(at + 8 * i, count) for at, count in barriers for i in range(2)]
 
     @property
     def shared(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, HIDDEN, TABLE, Shape
-from ds4jax.pallas.ptx import wait
+from ds4jax.pallas.ptx import arrive, copy, wait
 
 
 def wait_for(label: str, barrier: int, task: str, ago: int = 0) -> str:
@@ -32,9 +32,7 @@ def tell(barrier: int, task: str) -> str:
     """Say that this warp is done with what others wait for."""
     return f"""
     and.b32 a, {task}, 1;
-    mad.lo.u32 bar, a, 8, shared;
-    bar.warp.sync 0xffffffff;
-    @first mbarrier.arrive.shared::cta.b64 _, [bar+{barrier}];"""
+    mad.lo.u32 bar, a, 8, shared;""" + arrive(barrier)
 
 
 def wait_for_half(s: Shape, label: str, half: int) -> str:
@@ -69,8 +67,9 @@ def copy_gated(s: Shape) -> str:
 
 def copy_shexp(s: Shape) -> str:
     """Copy `block` of the shared expert's down."""
-    sizes = ("quants", GROUP * HIDDEN), ("d", s.shexp - GROUP * HIDDEN)
-    quants, d = ((f"shexp_{name}", "c", size // GROUP, size) for name, size in sizes)
+    quants, d = (
+        (f"shexp_{name}", "c", size // GROUP, size) for name, size in s.shexp_planes
+    )
     return f"""
     mul.lo.u32 c, block, {GROUP};""" + _halves(s, [quants], "", [d])
 
@@ -91,14 +90,9 @@ def copy_experts(s: Shape) -> str:
 
 
 def copy_hidden(s: Shape) -> str:
-    """Copy the hidden values of experts of `row`, from `pair` on, for task `stage`."""
+    """Copy the hidden values of a task, `stage`: of experts from `pair` on."""
     pieces = [(name, "pair", size, s.at_once * size) for name, size in s.hidden]
-    return f"""
-    and.b32 b, stage, 1;
-    mad.lo.u32 bar, b, 8, shared;
-    add.u32 bar, bar, {s.arrived};
-    mad.lo.u32 to, b, {s.stage}, shared;
-    add.u32 to, to, {s.staged};""" + _pieces(pieces)
+    return _next("stage", s.arrived, s.stage, s.staged) + copy("to", pieces)
 
 
 def _halves(
@@ -109,32 +103,19 @@ def _halves(
 ) -> str:
     """Copy the weights of task `number`, one half after the other."""
     return (
-        f"""
-    and.b32 b, number, 1;
-    mad.lo.u32 bar, b, 8, shared;
-    add.u32 bar, bar, {s.copied};
-    mad.lo.u32 to, b, {s.slot}, shared;
-    add.u32 to, to, {TABLE};"""
-        + _pieces(first)
+        _next("number", s.copied, s.slot, TABLE)
+        + copy("to", first)
         + between
         + "\n    add.u32 bar, bar, 16;"
-        + _pieces(second)
+        + copy("to", second)
     )
 
 
-def _pieces(pieces: Sequence[tuple[str, str, int, int]]) -> str:
-    """Have the first lane copy pieces one after the other to `to`, for `bar`'s phase.
-
-    Each is an operand, the register of an index, the bytes of an item and the piece's.
-    """
-    copy = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    size = sum(own for *_, own in pieces)
-    text = f"""
-    @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {size};"""
-    for operand, index, item, own in pieces:
-        text += f"""
-    mov.b64 base, %{operand};
-    mad.wide.u32 address, {index}, {item}, base;
-    {copy} [to], [address], {own}, [bar];
-    add.u32 to, to, {own};"""
-    return text
+def _next(task: str, barriers: int, size: int, start: int) -> str:
+    """Find the barrier of a task, `bar`, and the slot of such a size, `to`."""
+    return f"""
+    and.b32 b, {task}, 1;
+    mad.lo.u32 bar, b, 8, shared;
+    add.u32 bar, bar, {barriers};
+    mad.lo.u32 to, b, {size}, shared;
+    add.u32 to, to, {start};"""

@@ -107,6 +107,74 @@ def begin() -> str:
     setp.eq.u32 first, lane, 0;"""
 
 
+def bind(text: str, operands: Sequence[str]) -> str:
+    """Put numbers in the place of operands' names: `%name` becomes its `$i`."""
+    for i, name in enumerate(operands):
+        text = text.replace(f"%{name};", f"${i};")
+    return text
+
+
+def start_barriers(barriers: Sequence[tuple[int, int]]) -> str:
+    """Have the first lane set barriers up: where they are, and how many each waits for.
+
+    The copy engine is told of them too.
+    """
+    text = "".join(
+        f"\n    @first mbarrier.init.shared::cta.b64 [shared+{at}], {count};"
+        for at, count in barriers
+    )
+    return text + "\n    @first fence.proxy.async.shared::cta;"
+
+
+def arrive(barrier: int) -> str:
+    """Say that a warp is done, at a barrier so far from `bar`."""
+    return f"""
+    bar.warp.sync 0xffffffff;
+    @first mbarrier.arrive.shared::cta.b64 _, [bar+{barrier}];"""
+
+
+def copy(to: str, pieces: Sequence[tuple[str, str, int, int]]) -> str:
+    """Have the first lane copy pieces one after the other, for the phase of `bar`.
+
+    Args:
+      to: register of the place in shared memory, which is moved on.
+      pieces: each an operand, the register of an index, the bytes of an item, and the
+        piece's.
+    """
+    start = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    size = sum(own for *_, own in pieces)
+    text = f"""
+    @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {size};"""
+    for operand, index, item, own in pieces:
+        text += f"""
+    mov.b64 base, %{operand};
+    mad.wide.u32 address, {index}, {item}, base;
+    {start} [{to}], [address], {own}, [bar];
+    add.u32 {to}, {to}, {own};"""
+    return text
+
+
+def store_row(
+    value: str, guard: str, row: str, rows: int, copied: int, nbytes: int
+) -> str:
+    """Write lanes' values of a row at `address`, and of the last row copies after it.
+
+    Args:
+      value: register of a value.
+      guard: predicate of lanes that have one, which is changed.
+      row: register of its number.
+      rows: how many there are.
+      copied: how many copies.
+      nbytes: of a row.
+    """
+    text = f"""
+    @{guard} st.global.f32 [address], {value};
+    setp.eq.and.u32 {guard}, {row}, {rows - 1}, {guard};"""
+    for i in range(1, copied + 1):
+        text += f"\n    @{guard} st.global.f32 [address+{i * nbytes}], {value};"
+    return text
+
+
 def wait(label: str, barrier: str, phase: str) -> str:
     """Wait until a barrier, whose address is in a register, has ended a phase."""
     return f"""

@@ -1,4 +1,4 @@
-"""How programs in PTX exchange values: in fixed point, and counted when written."""
+"""Fixed point in PTX, and how programs exchange it: counted when it is written."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def fix(dtype: str) -> str:
     or.b32 {word}, {word}, neighbour;
     shfl.sync.bfly.b32 neighbour, {word}, 2, 31, 0xffffffff;
     or.b32 {word}, {word}, neighbour;"""
+    return text
+
+
+def to_float(limbs: int) -> str:
+    """Leave in `f` what sums are: `m0` of the first two limbs and `m2` of the third."""
+    text = "\n    cvt.rn.f32.s32 f, m0;"
+    if limbs == 3:
+        text += f"""
+    cvt.rn.f32.s32 g, m2;
+    fma.rn.f32 f, f, {number(256.0)}, g;"""
     return text
 
 

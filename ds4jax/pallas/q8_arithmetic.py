@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import LANES, add_up, number, registers
-from ds4jax.pallas.ptx_fixed_point import count, fix
+from ds4jax.pallas.ptx import LANES, add_up, registers
+from ds4jax.pallas.ptx_fixed_point import count, fix, to_float
 from ds4jax.pallas.two_maps_shape import PIECE, ROWS, THREADS, Map, Shape
 
 
@@ -113,13 +113,7 @@ def multiply(s: Shape, weight: Map, x: Activations, row: int) -> str:
                 so_far = f"m{limb}" if word else "0"
                 text += f"""
     dp4a.s32.s32 m{limb}, w{8 * line + word}, x{8 * limb + word}, {so_far};"""
-        text += """
-    mad.lo.s32 m0, m0, 256, m1;
-    cvt.rn.f32.s32 f, m0;"""
-        if s.limbs == 3:
-            text += f"""
-    cvt.rn.f32.s32 g, m2;
-    fma.rn.f32 f, f, {number(256.0)}, g;"""
+        text += "\n    mad.lo.s32 m0, m0, 256, m1;" + to_float(s.limbs)
         text += f"""
     mul.f32 g, d{line}, scale0;
     mul.f32 sum{line}, f, g;"""

@@ -14,7 +14,17 @@ weight's columns, and a warp that multiplies that part waits for all of its grou
 from __future__ import annotations
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import LANES, begin, divide, wait
+from ds4jax.pallas.ptx import (
+    LANES,
+    arrive,
+    begin,
+    bind,
+    copy,
+    divide,
+    start_barriers,
+    store_row,
+    wait,
+)
 from ds4jax.pallas.ptx_fixed_point import await_count, declare
 from ds4jax.pallas.q8_arithmetic import (
     Activations,
@@ -34,6 +44,7 @@ from ds4jax.pallas.two_maps_shape import (
     PIECE,
     ROWS,
     WARPS,
+    Map,
     Shape,
 )
 
@@ -46,9 +57,7 @@ def program(s: Shape) -> str:
     text += "\n    bra END;\nCOPY:" + _copy(s, 0) + _copy(s, 1)
     text += "\n    bra END;\nFINISH:" + _finish_first(s) + _finish_second(s)
     text += "\nEND:\n}"
-    for number, name in enumerate(OPERANDS):
-        text = text.replace(f"%{name};", f"${number};")
-    return text
+    return bind(text, OPERANDS)
 
 
 def _start(s: Shape) -> str:
@@ -83,13 +92,10 @@ def _start(s: Shape) -> str:
     mov.u32 slot, 0;
     setp.ne.u32 p, warp, {MULTIPLIERS};
     @p bra READY;"""
-    for place, count in barriers:
-        text += f"""
-    @first mbarrier.init.shared::cta.b64 [shared+{place}], {count};"""
+    text += start_barriers(barriers)
     return (
         text
         + f"""
-    @first fence.proxy.async.shared::cta;
 READY:
     bar.sync 0, {WARPS * LANES};
     setp.eq.u32 p, warp, {MULTIPLIERS};
@@ -159,9 +165,7 @@ MULTIPLY{number}:"""
     mad.lo.u32 value, piece, {s.rows * weight.parts * PIECE * 4}, value;"""
         + wait(f"COPIED{number}", f"bar+{s.copied}", "phase")
         + read(weight)
-        + f"""
-    bar.warp.sync 0xffffffff;
-    @first mbarrier.arrive.shared::cta.b64 _, [bar+{s.read}];"""
+        + arrive(s.read)
         + _advance(s)
     )
     for row in range(s.rows):
@@ -174,9 +178,9 @@ MULTIPLY{number}:"""
     setp.eq.u32 p, a, 0;
     setp.eq.or.u32 p, task, last, p;
     @!p bra WITHIN{number};
-    mad.lo.u32 bar, piece, 8, shared;
-    bar.warp.sync 0xffffffff;
-    @first mbarrier.arrive.shared::cta.b64 _, [bar+{s.summed[number]}];
+    mad.lo.u32 bar, piece, 8, shared;"""
+        + arrive(s.summed[number])
+        + f"""
 WITHIN{number}:
     setp.lt.u32 p, task, last;
     @p bra MULTIPLY{number};
@@ -244,7 +248,6 @@ def _copy(s: Shape, number: int) -> str:
     """
     weight = s.maps[number]
     each = weight.each if number == 0 else 1
-    copy = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     # Before the first round there is nothing to wait for: a new barrier is in phase 0.
     text = ""
     if number == 0:
@@ -274,14 +277,9 @@ COPY{number}:
     @p xor.b32 old_phase, old_phase, 1;
 AHEAD{number}:
     add.u32 copies, copies, 1;
-    add.u32 bar, bar, {s.copied};
-    @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {s.slot};"""
-    for plane, size in (("quants", s.quants), ("d", s.slot - s.quants)):
-        text += f"""
-    mov.b64 base, %{weight.name}_{plane};
-    mad.wide.u32 address, task, {size}, base;
-    {copy} [here], [address], {size}, [bar];
-    add.u32 here, here, {size};"""
+    add.u32 bar, bar, {s.copied};"""
+    sizes = ("quants", s.quants), ("d", s.slot - s.quants)
+    text += copy("here", [(f"{weight.name}_{n}", "task", b, b) for n, b in sizes])
     return (
         text
         + _advance(s)
@@ -314,9 +312,8 @@ FIX:
     mov.b64 base, %counters;
     mad.wide.u32 address, a, {4 * APART}, base;"""
         + finish(s, "[address]")
-        + f"""
-    add.u32 row, row, {FINISHERS};
-    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};
+        + _next_row(weight)
+        + """
     bra FIX;
 NEXT:
     add.u32 piece, piece, 1;
@@ -338,6 +335,13 @@ def _await_sums(s: Shape, number: int) -> str:
     mad.lo.u32 at, lane, 4, at;
     add.u32 at, at, {s.values[number]};"""
     )
+
+
+def _next_row(weight: Map) -> str:
+    """Go on to a warp's next row."""
+    return f"""
+    add.u32 row, row, {FINISHERS};
+    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};"""
 
 
 def _finish_second(s: Shape) -> str:
@@ -362,17 +366,13 @@ WRITE:
         + f"""
     mad.lo.u32 a, row, {s.out}, own;
     mov.b64 base, %out;
-    mad.wide.u32 address, a, 4, base;
-    @leads st.global.f32 [address], f;
-    setp.eq.and.u32 leads, row, {s.rows - 1}, leads;"""
+    mad.wide.u32 address, a, 4, base;"""
     )
-    for copy in range(1, s.written - s.rows + 1):
-        text += f"\n    @leads st.global.f32 [address+{copy * s.out * 4}], f;"
+    text += store_row("f", "leads", "row", s.rows, s.written - s.rows, 4 * s.out)
     return (
         text
+        + _next_row(weight)
         + f"""
-    add.u32 row, row, {FINISHERS};
-    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};
     bra WRITE;
 ON:
     add.u32 task, task, {PIECE};
