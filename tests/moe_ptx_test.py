@@ -17,7 +17,7 @@ from ds4jax.pallas import moe_program, moe_ptx, ptx
 from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, Order, fix, shapes
 from ds4jax.pallas.moe import moe_by_kernel
-from ds4jax.pallas.moe_shape import HIDDEN, ORDER, THREADS, Shape
+from ds4jax.pallas.moe_shape import HIDDEN, OPERANDS, ORDER, THREADS, Shape
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
@@ -58,6 +58,7 @@ def run(dtype: str, width: int, each: int, rows: int, programs: int):
         rows, ROWS - rows, each, width // GROUP, OUT, dtype, ACTIVATION.limit, programs
     )
     read = moe_ptx.operands(
+        s,
         x,
         hidden,
         *weights(width),
@@ -71,7 +72,8 @@ def run(dtype: str, width: int, each: int, rows: int, programs: int):
     ]
     operands = [*map(np.array, read), *written]
     text = moe_program.program(s)
-    Machine(text, operands, s.shared, THREADS // LANES, s.parts).run(programs, rows)
+    Machine(text, operands, s.shared, THREADS // LANES).run(programs, rows)
+    same(operands[OPERANDS.index("finished")], 0)
     return written
 
 

@@ -172,21 +172,17 @@ class Machine:
         operands: Sequence[np.ndarray],
         shared: int,
         warps: int,
-        counters: int = 0,
     ):
         """Read a program.
 
         Args:
-          text: with `$i` for the address of operand i, then of shared memory and of
-            counters.
+          text: with `$i` for the address of operand i, then of shared memory.
           operands: arrays.
           shared: bytes of shared memory.
           warps: of a program.
-          counters: how many.
         """
         self.operands, self.shared, self.warps = operands, shared, warps
-        own = np.zeros(0, np.uint32), np.zeros(counters, np.uint32)
-        self.memory = [a.reshape(-1).view(np.uint8) for a in (*operands, *own)]
+        self.memory = [a.reshape(-1).view(np.uint8) for a in operands]
         self.vain = 0
         self.code, self.labels, self.types = [], {}, {}
         for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
@@ -302,7 +298,7 @@ class Program:
                 # Whoever looks at this again and again lets others run between.
                 self.machine.note(False)
                 return False
-        elif name.startswith("red.release."):
+        elif name.startswith("red."):
             self.count(warp, operands, on)
         elif name.startswith(("mbarrier.", "cp.async")):
             return self.synchronize(warp, name, operands, on)
@@ -364,13 +360,14 @@ class Program:
         return not waits
 
     def count(self, warp, operands, on):
-        """Add to a number in memory for each lane."""
+        """Add one to a number in memory for each lane; after a given one comes zero."""
         place, value = operands
-        for address, more in zip(
+        for address, last in zip(
             self.address(warp, place)[on], self.value(warp, value)[on], strict=True
         ):
             memory, start = self.locate(address)
-            memory.view(np.uint32)[start // 4] += more
+            found = memory.view(np.uint32)[start // 4 :]
+            found[0] = 0 if found[0] >= last else found[0] + 1
         self.machine.note(True)
 
     def synchronize(self, warp, name, operands, on) -> bool:

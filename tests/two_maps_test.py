@@ -20,7 +20,7 @@ from ds4jax.pallas import ptx, q8_0, two_maps, two_maps_program
 from ds4jax.pallas.fixed_point import FixedPoint, Order, fix
 from ds4jax.pallas.matmul import two_maps_kernel
 from ds4jax.pallas.ptx import SHARED
-from ds4jax.pallas.two_maps_shape import WARPS, Shape
+from ds4jax.pallas.two_maps_shape import OPERANDS, WARPS, Shape
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS, WRITTEN = 2, 8
@@ -69,7 +69,7 @@ def run(
     columns, groups, middle, out = sizes
     x = drawn(sizes).at[rows:].set(jnp.nan).reshape(-1, columns)
     s = Shape(rows, WRITTEN, groups, columns, middle, out, dtype, programs, room)
-    given = two_maps.operands(fix(x, dtype, interpret=True), *weights(sizes))
+    given = two_maps.operands(s, fix(x, dtype, interpret=True), *weights(sizes))
     # NaNs where nothing is written.
     written = [
         np.full(array.shape, -1, np.int32).view(array.dtype)
@@ -77,7 +77,8 @@ def run(
     ]
     text = two_maps_program.program(s)
     operands = [*map(np.array, given), *written]
-    Machine(text, operands, s.shared, WARPS, s.counters).run(programs, seed=rows)
+    Machine(text, operands, s.shared, WARPS).run(programs, seed=rows)
+    same(operands[OPERANDS.index("counters")], 0)
     words, scale, found = written
     arrays = words, scale, np.zeros((*scale.shape, 2), np.float32)
     return FixedPoint(*map(jnp.asarray, arrays), order=Order()), found

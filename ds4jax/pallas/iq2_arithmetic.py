@@ -11,7 +11,7 @@ from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
 from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
-from ds4jax.pallas.ptx_fixed_point import count, fix
+from ds4jax.pallas.ptx_fixed_point import fix
 
 
 def read(s: Shape, row: int) -> str:
@@ -142,4 +142,4 @@ def finish(s: Shape) -> str:
     div.u32 a, pair, {s.at_once};
     mov.b64 base, %finished;
     mad.wide.u32 address, a, 4, base;"""
-    return text + count("[address]")
+    return text + s.counter.count("[address]")

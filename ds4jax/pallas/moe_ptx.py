@@ -107,12 +107,11 @@ def multiply(
     *_, own, found = ptx.launch(
         f"moe_{width}x{each}x{out}x{GROUP * shape.groups}",
         program(shape),
-        operands(x, hidden, routed, shared_down, expert_ids, share),
+        operands(shape, x, hidden, routed, shared_down, expert_ids, share),
         (*shapes(rows * each, HIDDEN, dtype, ORDER), result, result),
         shape.shared,
         programs,
         THREADS // LANES,
-        counters=shape.parts,
     )
     return own, found
 
@@ -122,6 +121,7 @@ def _shape(width, rows, each, into, out, dtype, limit, programs) -> Shape:
 
 
 def operands(
+    s: Shape,
     x: FixedPoint,
     hidden: FixedPoint,
     routed: Experts,
@@ -137,6 +137,7 @@ def operands(
         jnp.asarray(_table()), *(w[n] for w in (gate, up) for n in _GATED),
         *(down[n] for n in ("quants", "scales", "d", "dmin")),
         hidden.words, hidden.scale, own["quants"], own["d"],
+        jnp.zeros(s.parts, jnp.uint32),
     ]  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
 from ds4jax.pallas.moe_shape import THREADS, WARPS, Shape
 from ds4jax.pallas.ptx import start_barriers
-from ds4jax.pallas.ptx_fixed_point import await_count
 
 
 def next_task(s: Shape) -> str:
@@ -137,7 +136,7 @@ HIDDEN:
     div.u32 a, pair, {s.at_once};
     mov.b64 base, %finished;
     mad.wide.u32 address, a, 4, base;"""
-        + await_count("FINISHED", "[address]", s.at_once * s.tiles)
+        + s.counter.wait("FINISHED", "[address]")
         + """
     fence.proxy.async;"""
         + slots.wait_for("HIDDEN_ROOM", s.used, "stage", 2)

@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
 from ds4jax.pallas.ptx import LANES
+from ds4jax.pallas.ptx_fixed_point import Counter
 
 OPERANDS = (
     "ids", "share", "words", "scale", "table", "gate_grid", "gate_signs", "gate_d",
     "up_grid", "up_signs", "up_d", "quants", "scales", "d", "dmin", "shexp_words",
-    "shexp_scale", "shexp_quants", "shexp_d", "hidden_words", "hidden_scale",
-    "hidden_sums", "to_shexp", "to_routed", "shared", "finished",
+    "shexp_scale", "shexp_quants", "shexp_d", "finished", "hidden_words",
+    "hidden_scale", "hidden_sums", "to_shexp", "to_routed", "shared",
 )  # fmt: skip
 """Addresses that a program is given: `%name` in the text, `$i` in the end.
 
@@ -86,6 +87,11 @@ class Shape(NamedTuple):
     def parts(self) -> int:
         """Return how many tasks a block of the routed experts' down is."""
         return self.pairs // self.at_once
+
+    @property
+    def counter(self) -> Counter:
+        """Return what such a part has: one for hidden values of its experts."""
+        return Counter(self.at_once * self.tiles, self.blocks)
 
     @property
     def steps(self) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.utils import memref_ptr
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -40,26 +39,21 @@ def launch(
     shared: int,
     programs: int,
     warps: int,
-    counters: int = 0,
 ) -> Sequence[Array]:
     """Return what programs write.
 
     Args:
       name: of the kernel.
       text: of a program, `$i` for the address of operand i: first those given, then
-        those written, then shared memory, then counters.
+        those written, then shared memory.
       operands: that it reads.
       out_type: what it writes.
       shared: bytes of shared memory.
       programs: that run side by side.
       warps: of a program, a multiple of four.
-      counters: numbers in memory, of 32 bits and zero at first, by which programs wait
-        for each other.  So all of them have to run at once.
     """
 
     def kernel(*refs):
-        if counters:
-            refs += (pl.get_global(plgpu.SemaphoreType.REGULAR((counters,))),)
         types = (plgpu.RefType(),) * len(refs)
         plgpu.inline_mgpu(arg_types=types)(_carry(text))(*refs)
 

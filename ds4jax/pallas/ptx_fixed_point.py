@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ds4jax.pallas.fixed_point import LIMBS, unit
@@ -72,18 +74,40 @@ def to_float(limbs: int) -> str:
     return text
 
 
-def count(counter: str) -> str:
-    """Count what the warp has written, for `await_count` of others, by register `a`."""
-    return f"""
-    mov.u32 a, 1;
+class Counter(NamedTuple):
+    """A number in memory by which warps of all programs wait for each other.
+
+    It is zero before a launch and after it, for it wraps when all have counted and
+    waited: no launch has to set it.
+
+    Attributes:
+      counted: how often something is counted.
+      awaited: how many warps wait for all of that.
+    """
+
+    counted: int
+    awaited: int
+
+    def count(self, at: str) -> str:
+        """Count what the warp has written, by register `a`."""
+        return f"""
+    mov.u32 a, {self._last};
     bar.warp.sync 0xffffffff;
-    @first red.release.gpu.global.add.u32 {counter}, a;"""
+    @first red.release.gpu.global.inc.u32 {at}, a;"""
 
-
-def await_count(label: str, counter: str, least: int) -> str:
-    """Wait until so much has been counted, by registers `a` and `p`."""
-    return f"""
+    def wait(self, label: str, at: str) -> str:
+        """Wait until all has been counted, by registers `a` and `p`."""
+        # No lane may find it wrapped already.
+        return f"""
 {label}:
-    ld.acquire.gpu.global.u32 a, {counter};
-    setp.lt.u32 p, a, {least};
-    @p bra {label};"""
+    ld.acquire.gpu.global.u32 a, {at};
+    setp.lt.u32 p, a, {self.counted};
+    @p bra {label};
+    mov.u32 a, {self._last};
+    bar.warp.sync 0xffffffff;
+    @first red.relaxed.gpu.global.inc.u32 {at}, a;"""
+
+    @property
+    def _last(self) -> int:
+        """Return after which number it wraps."""
+        return self.counted + self.awaited - 1

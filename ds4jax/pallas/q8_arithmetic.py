@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import LANES, add_up, registers
-from ds4jax.pallas.ptx_fixed_point import count, fix, to_float
+from ds4jax.pallas.ptx_fixed_point import fix, to_float
 from ds4jax.pallas.two_maps_shape import PIECE, ROWS, THREADS, Map, Shape
 
 
@@ -149,4 +149,4 @@ def finish(s: Shape, counter: str) -> str:
     mad.wide.u32 far, lane, 1, far;"""
     for limb in range(s.limbs):
         text += f"\n    @fourth st.global.b32 [far+{limb * s.middle}], word{limb};"
-    return text + "\n    @first st.global.f32 [near], unit;" + count(counter)
+    return text + "\n    @first st.global.f32 [near], unit;" + s.counter.count(counter)

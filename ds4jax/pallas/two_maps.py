@@ -84,20 +84,21 @@ def multiply(
     *_, out = ptx.launch(
         f"two_maps_{width}x{shape.middle}x{shape.out}",
         program(shape),
-        operands(x, first, second),
+        operands(shape, x, first, second),
         written(shape),
         shape.shared,
         programs,
         WARPS,
-        shape.counters,
     )
     return out
 
 
-def operands(x: FixedPoint, first: QuantTensor, second: QuantTensor) -> list[Array]:
+def operands(
+    s: Shape, x: FixedPoint, first: QuantTensor, second: QuantTensor
+) -> list[Array]:
     """Return what a program reads, in its order."""
     planes = [w.planes[name] for w in (first, second) for name in ("quants", "d")]
-    return [x.words, x.scale, *planes]
+    return [x.words, x.scale, *planes, jnp.zeros(s.counters, jnp.uint32)]
 
 
 def written(shape: Shape) -> list[jax.ShapeDtypeStruct]:

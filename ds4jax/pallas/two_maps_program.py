@@ -25,7 +25,7 @@ from ds4jax.pallas.ptx import (
     store_row,
     wait,
 )
-from ds4jax.pallas.ptx_fixed_point import await_count, declare
+from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
     Activations,
     finish,
@@ -234,7 +234,7 @@ def _await_middle(s: Shape, x: Activations) -> str:
         f"""
     mov.b64 base, %counters;
     mad.wide.u32 address, part, {4 * APART}, base;"""
-        + await_count("MIDDLE", "[address]", COLUMNS // PIECE * s.rows)
+        + s.counter.wait("MIDDLE", "[address]")
         + "\n    mov.u32 group, 0;"
         + stage(s, x)
     )

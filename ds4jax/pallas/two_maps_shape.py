@@ -8,10 +8,11 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
 from ds4jax.pallas.ptx import LANES, SHARED
+from ds4jax.pallas.ptx_fixed_point import Counter
 
 OPERANDS = (
     "words", "scale", "first_quants", "first_d", "second_quants", "second_d",
-    "middle_words", "middle_scale", "out", "shared", "counters",
+    "counters", "middle_words", "middle_scale", "out", "shared",
 )  # fmt: skip
 """Addresses that a program is given: `%name` in the text, `$i` in the end."""
 
@@ -179,8 +180,16 @@ class Shape(NamedTuple):
 
     @property
     def counters(self) -> int:
-        """Return how many counters there are."""
+        """Return how many numbers there are of which some are counters."""
         return self.maps[1].parts * APART
+
+    @property
+    def counter(self) -> Counter:
+        """Return what each part of the second weight's columns has."""
+        second = self.maps[1]
+        waiting = min(second.rows // second.lines, self.programs)
+        each = MULTIPLIERS // second.parts
+        return Counter(COLUMNS // PIECE * self.rows, waiting * each)
 
     @property
     def _row(self) -> int:
