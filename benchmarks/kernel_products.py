@@ -15,6 +15,7 @@ from kernel_case import DTYPE, Case, normal
 
 from ds4jax import synthetic
 from ds4jax.model.cache import DECODE_ROWS
+from ds4jax.model.moe import MoE
 from ds4jax.pallas import experts, moe_ptx, q8_0
 from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.matmul import (
@@ -25,6 +26,7 @@ from ds4jax.pallas.matmul import (
     two_maps_kernel,
 )
 from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
@@ -34,6 +36,9 @@ COMPARED = 1024
 """Rows of a weight, of whose products the error is computed."""
 
 ACTIVATION = Swiglu(10.0)
+
+ONCE = "loop_broadcast", "wrapped_broadcast"
+"""How XLA's names begin of what makes zeros, for counters: a pass does so once."""
 
 
 def random_weight(seed: int, format: str, shape: tuple[int, ...]) -> Any:
@@ -118,7 +123,7 @@ def two_maps(what: str, middle: int, n: int, k: int, groups: int) -> Case:
         return x.nbytes // DECODE_ROWS * width + first.nbytes + second.nbytes
 
     return Case(
-        "two_maps", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
+        "two_maps", what, draw, run, xla, nbytes, WIDTHS, ("fix", *ONCE),
         shape=_shape("Q8_0", f"{middle}, {n}", k, groups),
     )  # fmt: skip
 
@@ -187,39 +192,55 @@ def down(format: str, what: str) -> Case:
 
 
 def moe() -> Case:
-    """Return the case of all experts but for the shared one's gate and up."""
+    """Return the case of a mixture of experts with its router and the shared one."""
 
     def draw():
-        x, hidden = (normal(i, DECODE_ROWS, k) for i, k in enumerate((HIDDEN, FFN)))
-        up, down = (EXPERTS, FFN, HIDDEN), (EXPERTS, HIDDEN, FFN)
-        shapes = ("IQ2_XXS", up), ("IQ2_XXS", up), ("Q2_K", down), ("Q8_0", down[1:])
-        weights = [random_weight(i, *shape) for i, shape in enumerate(shapes, 2)]
-        share = normal(1, DECODE_ROWS, USED)
-        return x, hidden, experts.Experts(*weights[:3]), weights[3], chosen(), share
+        into, out = (FFN, HIDDEN), (HIDDEN, FFN)
+        routed = ("IQ2_XXS", into), ("IQ2_XXS", into), ("Q2_K", out)
+        weights = [
+            random_weight(i, name, (EXPERTS, *shape))
+            for i, (name, shape) in enumerate(routed, 1)
+        ]
+        shared = [
+            random_weight(i, "Q8_0", s) for i, s in enumerate((into, into, out), 4)
+        ]
+        router = random_weight(7, "F16", (EXPERTS, HIDDEN))
+        both = experts.Experts(*weights), experts.Experts(*shared)
+        return normal(0, DECODE_ROWS, HIDDEN), router, *both
 
-    def run(width, x, hidden, routed, shared, ids, share):
-        x = fix(x, DTYPE, experts.FORMATS[routed.gate.format].order)
-        programs = moe_ptx.programs(routed, shared, ACTIVATION, USED)
+    def run(width, x, router, routed, shared):
+        fixed = [fix(x, DTYPE, order) for order in MoE.ORDERS]
+        own = Router(router, jnp.zeros(EXPERTS), USED, 1.5, 2.0**-14)
+        # Without a GPU it is only traced.
+        programs = moe_ptx.programs(own, routed, shared, ACTIVATION) or 1
         return moe_ptx.multiply(
-            x, fix(hidden, DTYPE), routed, shared, ids, share, ACTIVATION, DTYPE, width,
-            programs,
-        )  # fmt: skip
+            x, fixed, None, own, routed, shared, ACTIVATION, DTYPE, width, programs
+        )
 
-    def xla(x, hidden, routed, shared, ids, share):
+    def route(x, router):
+        probability = jnp.sqrt(jax.nn.softplus(quant_matmul(x, router)))
+        picked, ids = jax.lax.top_k(probability, USED)
+        return ids, picked / jnp.sum(picked, 1, keepdims=True) * 1.5
+
+    def xla(x, router, routed, shared):
+        ids, share = route(x, router)
         product = lambda x, w: expert_matmul(x, w, ids, DTYPE)  # noqa: E731
+        dense = lambda x, w: quant_matmul(x, w, DTYPE)  # noqa: E731
         found = ACTIVATION(
             product(x[:, None], routed.gate), product(x[:, None], routed.up)
         )
         found = jnp.sum(share[..., None] * product(found, routed.down), 1)
-        return quant_matmul(hidden, shared, DTYPE), found
+        own = ACTIVATION(dense(x, shared.gate), dense(x, shared.up))
+        return dense(own, shared.down), found, ids
 
-    def nbytes(width, x, hidden, routed, shared, ids, share):
-        rows = (x.nbytes + hidden.nbytes) // DECODE_ROWS * width
-        return rows + read(routed, width, ids) + shared.nbytes
+    def nbytes(width, x, router, routed, shared):
+        ids, _ = route(x, router)
+        of_all = x.nbytes // DECODE_ROWS * width + router.nbytes
+        return of_all + sum(w.nbytes for w in shared) + read(routed, width, ids)
 
     return Case(
-        "moe_ptx", "experts, shared down", draw, run, xla, nbytes, WIDTHS, ("fix",),
-        shape=_shape("IQ2_XXS, Q2_K, Q8_0", str(HIDDEN), HIDDEN, 1),
+        "moe_ptx", "router, experts", draw, run, xla, nbytes, WIDTHS, ("fix", *ONCE),
+        shape=_shape("F16, IQ2_XXS, Q2_K, Q8_0", str(HIDDEN), HIDDEN, 1),
     )  # fmt: skip
 
 

@@ -13,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ds4jax import assets, gguf, synthetic
-from ds4jax.config import ModelConfig
+from ds4jax import assets, gguf, schema, synthetic
+from ds4jax.config import ModelConfig, QuantPlan
 from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
+from ds4jax.model.moe import MoE
 from ds4jax.pallas import moe_ptx, two_maps
-from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import LIMBS, fix
 from ds4jax.pallas.matmul import two_maps_kernel
-from ds4jax.pallas.moe import moe_by_kernel
-from ds4jax.pallas.swiglu import Swiglu
+from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -123,38 +122,38 @@ def test_the_cpu_agrees(packed):
     assert np.max(abs(found - expected)) <= NEAR * np.max(abs(expected))
 
 
+@pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("dtype", LIMBS)
-def test_experts_in_ptx_and_by_triton(dtype, monkeypatch):
+def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     """The same but for the order of sums; in PTX, the same bits at every width."""
-    key, up, down = jax.random.key, (2048, 4096), (4096, 2048)
-    gate_up_down = ("IQ2_XXS", up), ("IQ2_XXS", up), ("Q2_K", down)
-    routed = Experts(
-        *(synthetic.blocks(key(i), f, (8, *n)) for i, (f, n) in enumerate(gate_up_down))
-    )
-    shared = Experts(
-        *(synthetic.blocks(key(i), "Q8_0", n) for i, n in enumerate((up, up, down), 3))
-    )
-    activation = Swiglu(10.0)
-    if not moe_ptx.programs(routed, shared.down, activation, 6):
-        pytest.skip("this GPU has no such programs")
-    x = jax.random.normal(key(6), (1, 8, 4096))
-    share = jax.random.normal(key(7), (8, 6))
-    ids = jax.random.randint(key(8), (8, 6), 0, 8)
+    config = ModelConfig.flash(experts=64, dtype=dtype)
+    spec, types = schema.trunk(config), QuantPlan.named("ds4-q2").types
+    prefix = f"blk.{0 if hashed else config.hash_layers}."
+    own = {
+        name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
+        for name, s in spec.items()
+        if name.startswith(prefix)
+    }
+    x = jax.random.normal(jax.random.key(6), (1, 8, config.hidden))
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(width, x, share):
-        return moe_by_kernel(
-            x, ids, share, routed, shared, lambda x: x, activation, dtype, width
-        )
+    def run(width, x, own):
+        fixed = tuple(fix(x[0], dtype, order) for order in MoE.ORDERS)
+        with within(DecodePass(width, jnp.int32(width))):
+            parts, chosen = MoE(config, hashed, own)(x, tokens, fixed)
+        return *parts, chosen
 
-    whole = run(8, x, share)
+    if "moe_8x6" not in run.lower(8, x, own).as_text():
+        pytest.skip("this GPU has no such programs")
+    whole = run(8, x, own)
     for width in (1, 2, 3, 4):
-        for found, expected in zip(run(width, x, share), whole, strict=True):
+        for found, expected in zip(run(width, x, own), whole, strict=True):
             same(found[0, :width], expected[0, :width])
             same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
-    for found, expected in zip(whole, run(8, x, share), strict=True):
+    for found, expected in zip(whole, run(8, x, own), strict=True):
         near = {"float32": 1e-5, "bfloat16": 2e-4}[dtype] * np.max(abs(expected))
         assert np.max(abs(found - expected)) <= near
 

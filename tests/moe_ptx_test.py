@@ -4,6 +4,7 @@ What a GPU makes of the same text is tested in `gpu_test.py`.
 """
 
 import functools
+from typing import Any
 
 import hopper
 import jax
@@ -12,128 +13,185 @@ import numpy as np
 import pytest
 from ptx_machine import LANES, Machine
 
-from ds4jax import synthetic
+from ds4jax import schema, synthetic
+from ds4jax.config import ModelConfig, QuantPlan
+from ds4jax.model.moe import MoE
 from ds4jax.pallas import moe_program, moe_ptx, ptx
 from ds4jax.pallas.experts import Experts
-from ds4jax.pallas.fixed_point import GROUP, Order, fix, shapes
-from ds4jax.pallas.moe import moe_by_kernel
-from ds4jax.pallas.moe_shape import HIDDEN, OPERANDS, ORDER, THREADS, Shape
+from ds4jax.pallas.fixed_point import GROUP, fix
+from ds4jax.pallas.moe_shape import HIDDEN, OPERANDS, THREADS, Routing, Shape
+from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
-OUT, EXPERTS, ROWS = 96, 5, 4
-IDS = np.array([[0, 3, 1, 4], [2, 1, 0, 3], *2 * [[4] * 4]], np.int32)
-SHARE = np.array([[0.5, 0.25, -1.0, 0.75], [0.1, 2.0, 0.3, -0.7], *2 * [[1.0] * 4]])
+OUT, EXPERTS, ROWS = 96, 40, 4
 ACTIVATION = Swiglu(0.5)
-NEAR = {"bfloat16": 2e-4, "float32": 3e-6}
+SCALE, SMALLEST = 1.5, 2.0**-14
+TWINS, LARGE = (7, 33), 5
+NEAR = {"bfloat16": 5e-4, "float32": 3e-6}
 """Of the largest: sums in another order, of hidden values that may round otherwise."""
 same = np.testing.assert_array_equal
 
 
 @functools.cache
-def weights(width: int):
+def weights(width: int) -> tuple[Experts, Experts]:
+    """Return the routed experts' and the shared one's."""
     blocks = lambda i, name, *shape: synthetic.blocks(  # noqa: E731
         jax.random.key(i), name, shape
     )
     gate, up = (blocks(i, "IQ2_XXS", EXPERTS, HIDDEN, width) for i in range(2))
     routed = Experts(gate, up, blocks(2, "Q2_K", EXPERTS, OUT, HIDDEN))
-    return routed, blocks(3, "Q8_0", OUT, HIDDEN)
+    gate, up = (blocks(i, "Q8_0", HIDDEN, width) for i in range(3, 5))
+    return routed, Experts(gate, up, blocks(5, "Q8_0", OUT, HIDDEN))
 
 
-def drawn(seed: int, width: int) -> jax.Array:
-    x = np.random.default_rng(seed).normal(size=(ROWS, width))
+def drawn(seed: int, *shape: int) -> jax.Array:
+    x = np.random.default_rng(seed).normal(size=shape)
     return jnp.asarray(x, jnp.float32)
 
 
+def router(width: int, each: int, hashed: bool = False) -> Router:
+    """Return one to which two experts are as good, and one of large logits."""
+    first, second = TWINS
+    weight = drawn(1, EXPERTS, width) / 32
+    weight = weight.at[second].set(weight[first]).at[LARGE].multiply(40)
+    bias = drawn(2, EXPERTS).at[jnp.asarray(TWINS)].set(20.0)
+    bias = None if hashed else bias
+    return Router(weight.astype(jnp.float16), bias, each, SCALE, SMALLEST)
+
+
+def known(each: int) -> jax.Array:
+    """Return what a table may choose."""
+    ids = np.random.default_rng(3).permuted(
+        np.tile(np.arange(EXPERTS), (ROWS, 1)), axis=1
+    )
+    return jnp.asarray(ids[:, :each], jnp.int32)
+
+
 @functools.cache
-def run(dtype: str, width: int, each: int, rows: int, programs: int):
+def run(
+    dtype: str, width: int, each: int, rows: int, programs: int, hashed: bool = False
+) -> dict[str, np.ndarray]:
     """Return what programs write, and NaNs where they write nothing."""
-    x, hidden = (
-        fix(drawn(i, k).at[rows:].set(jnp.nan), dtype, order, interpret=True)
-        for i, (k, order) in enumerate(
-            [(width, Order(by_word=True)), (HIDDEN, Order())]
-        )
-    )
+    x = drawn(0, ROWS, width).at[rows:].set(jnp.nan)
+    fixed = [fix(x, dtype, order, interpret=True) for order in MoE.ORDERS]
+    own = router(width, each, hashed)
+    routing = Routing(EXPERTS, hashed, SCALE, SMALLEST)
     s = Shape(
-        rows, ROWS - rows, each, width // GROUP, OUT, dtype, ACTIVATION.limit, programs
-    )
-    read = moe_ptx.operands(
-        s,
-        x,
-        hidden,
-        *weights(width),
-        jnp.asarray(IDS[:, :each]),
-        jnp.float32(SHARE[:, :each]),
-    )
-    own = jax.ShapeDtypeStruct((ROWS, OUT), jnp.float32)
+        rows, ROWS - rows, each, routing, width // GROUP, OUT, dtype, ACTIVATION.limit,
+        programs,
+    )  # fmt: skip
+    ids = known(each) if hashed else None
+    read = moe_ptx.operands(s, x, fixed, ids, own, *weights(width))
     written = [
         np.full(array.shape, -1, np.int32).view(array.dtype)
-        for array in (*shapes(ROWS * each, HIDDEN, dtype, ORDER), own, own)
+        for array in moe_ptx.written(s)
     ]
     operands = [*map(np.array, read), *written]
     text = moe_program.program(s)
     Machine(text, operands, s.shared, THREADS // LANES).run(programs, rows)
-    same(operands[OPERANDS.index("finished")], 0)
-    return written
+    found: dict[str, np.ndarray] = dict(zip(OPERANDS[:-1], operands, strict=True))
+    same(found["counters"], 0)
+    return found
 
 
-def expected(dtype: str, width: int, each: int) -> list[np.ndarray]:
+def probabilities(width: int) -> np.ndarray:
+    """Return those of each row's experts."""
+    x, weight = (
+        np.asarray(a, np.float64)
+        for a in (drawn(0, ROWS, width), router(width, 1).weight)
+    )
+    return np.sqrt(np.log1p(np.exp(x @ weight.T)))
+
+
+def choice(width: int, each: int, hashed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the experts of rows, of as good ones the first, and their shares."""
+    own, probability = router(width, each, hashed), probabilities(width)
+    if own.bias is None:
+        ids = np.asarray(known(each))
+    else:
+        biased = probability + np.float64(own.bias)
+        ids = np.argsort(-biased, axis=1, kind="stable")[:, :each]
+    picked = np.take_along_axis(probability, ids, 1)
+    return ids, picked / picked.sum(1, keepdims=True) * SCALE
+
+
+def expected(dtype: str, width: int, each: int, hashed: bool) -> list[np.ndarray]:
     """Return the shared expert's part and the others', hidden values rounded."""
-    routed, down = weights(width)
+    routed, shared = weights(width)
     value = lambda w: np.asarray(dequantize(w), np.float64)  # noqa: E731
+    chosen = lambda w, ids: value(jax.tree.map(lambda p: p[ids], w))  # noqa: E731
     rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)  # noqa: E731
-    x, ids = rounded(drawn(0, width)), IDS[:, :each]
-    gate, up = (np.einsum("ni,nuoi->nuo", x, value(w)[ids]) for w in routed[:2])
-    hidden = ACTIVATION(*(jnp.asarray(a, jnp.float32) for a in (gate, up)))
-    found = np.einsum("nuf,nuof->nuo", rounded(hidden), value(routed.down)[ids])
-    own = rounded(drawn(1, HIDDEN)) @ value(down).T
-    return [own, np.einsum("nu,nuo->no", SHARE[:, :each], found)]
+    hidden = lambda *both: rounded(  # noqa: E731
+        ACTIVATION(*(jnp.asarray(a, jnp.float32) for a in both))
+    )
+    x, (ids, share) = rounded(drawn(0, ROWS, width)), choice(width, each, hashed)
+    gated = (np.einsum("ni,nuoi->nuo", x, chosen(w, ids)) for w in routed[:2])
+    found = np.einsum("nuf,nuof->nuo", hidden(*gated), chosen(routed.down, ids))
+    own = hidden(*(x @ value(w).T for w in shared[:2])) @ value(shared.down).T
+    return [own, np.einsum("nu,nuo->no", share, found)]
 
 
 @pytest.mark.parametrize(
-    "dtype, width, each, rows, programs",
+    "dtype, width, each, rows, programs, hashed",
     [
-        ("bfloat16", 2048, 4, 1, 5),
-        ("float32", 2048, 2, 1, 2),
-        ("bfloat16", 4096, 1, 1, 3),
+        ("bfloat16", 2048, 4, 1, 5, False),
+        ("float32", 2048, 2, 1, 2, True),
+        ("bfloat16", 4096, 1, 1, 3, False),
     ],
 )
-def test_programs_compute_what_experts_give(dtype, width, each, rows, programs):
-    *hidden, own, routed = run(dtype, width, each, rows, programs)
-    for found, exact in zip((own, routed), expected(dtype, width, each), strict=True):
+def test_programs_compute_what_experts_give(dtype, width, each, rows, programs, hashed):
+    found = run(dtype, width, each, rows, programs, hashed)
+    ids, _ = choice(width, each, hashed)
+    same(found["ids"][:rows], ids[:rows])
+    # A logit of 100, in float32, is off by 1e-5.
+    probable = probabilities(width)[:rows]
+    np.testing.assert_allclose(found["probabilities"], probable, rtol=2e-5)
+    wanted = expected(dtype, width, each, hashed)
+    for name, exact in zip(("to_shexp", "to_routed"), wanted, strict=True):
         close = NEAR[dtype] * np.abs(exact).max()
-        np.testing.assert_allclose(found[:rows], exact[:rows], rtol=0, atol=close)
-        same(found[rows:], np.repeat(found[rows - 1 : rows], ROWS - rows, 0))
-    for part in hidden:
-        assert np.all(part[rows * each :].view(np.int32) == -1)
+        np.testing.assert_allclose(found[name][:rows], exact[:rows], rtol=0, atol=close)
+    for name in ("ids", "to_shexp", "to_routed"):
+        last = found[name][rows - 1]
+        same(found[name][rows:], np.repeat(last[None], ROWS - rows, 0))
 
 
 def test_whatever_the_number_of_rows_and_programs():
     """The same bits, by programs of which one has two blocks of rows too."""
-    *_, own, routed = run("bfloat16", 2048, 1, 2, 2)
-    *_, same_own, same_routed = run("bfloat16", 2048, 1, 1, 5)
-    same(same_own[0], own[0])
-    same(same_routed[0], routed[0])
+    whole = run("bfloat16", 2048, 1, 2, 2)
+    for name in ("ids", "to_shexp", "to_routed"):
+        same(run("bfloat16", 2048, 1, 1, 5)[name][0], whole[name][0])
 
 
-def test_it_lowers_for_a_gpu_and_is_not_for_a_cpu(monkeypatch):
-    routed, down = weights(2048)
-    up = jax.eval_shape(
-        lambda: synthetic.blocks(jax.random.key(0), "Q8_0", (HIDDEN, 2048))
-    )
-    shared, ids = Experts(up, up, down), jnp.asarray(IDS)
+@pytest.mark.parametrize("hashed", [False, True])
+def test_it_is_for_a_gpu_and_not_for_a_cpu(hashed, monkeypatch):
+    width = 2048
+    config = ModelConfig.flash(experts=EXPERTS, hidden=width)
+    prefix = f"blk.{0 if hashed else config.hash_layers}."
+    types = QuantPlan.named("ds4-q2").types
 
-    def moe(x, share, routed, shared):
-        return moe_by_kernel(
-            x, ids, share, routed, shared, lambda x: x, ACTIVATION, "bfloat16", 2
-        )
+    def drawn():
+        return {
+            name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
+            for name, s in schema.trunk(config).items()
+            if name.startswith(f"{prefix}ffn") or name.startswith(f"{prefix}exp")
+        }
 
-    operands = drawn(0, 2048)[None], jnp.float32(SHARE), routed, shared
-    assert moe_ptx.programs(routed, down, ACTIVATION, 4) == 0
-    assert "mosaic_gpu" not in hopper.lowered(moe, *operands)
+    x = jax.ShapeDtypeStruct((1, ROWS, width), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
+
+    def lowered() -> str:
+        def run(x, tokens, own):
+            fixed = tuple(fix(x[0], config.dtype, order) for order in MoE.ORDERS)
+            with within(DecodePass(2, jnp.int32(2))):
+                return MoE(config, hashed, own)(x, tokens, fixed)
+
+        return hopper.lowered(run, x, tokens, jax.eval_shape(drawn))
+
+    assert "moe_2x6x2048x2048" not in lowered()
     monkeypatch.setattr(ptx, "programs", lambda: 132)
-    jax.clear_caches()
-    assert "mosaic_gpu" in hopper.lowered(lambda *a: moe(*a), *operands)
+    assert "moe_2x6x2048x2048" in lowered()
 
 
 @pytest.mark.parametrize(
@@ -144,18 +202,20 @@ def test_it_lowers_for_a_gpu_and_is_not_for_a_cpu(monkeypatch):
         ({"width": 1024}, False),
         ({"width": 6144}, False),
         ({"hidden": 1024}, False),
+        ({"of_shared": 1024}, False),
         ({"out": 80}, False),
         ({"each": 6}, True),
         ({"activation": jnp.multiply}, False),
         ({"gate": "Q4_K"}, False),
         ({"down": "Q4_K"}, False),
         ({"shared": "F16"}, False),
+        ({"router": "float32"}, False),
     ],
 )
 def test_what_it_serves(changes, expected):
     given = dict(
-        width=2048, hidden=2048, out=OUT, each=2, activation=ACTIVATION,
-        gate="IQ2_XXS", down="Q2_K", shared="Q8_0",
+        width=2048, hidden=2048, of_shared=2048, out=OUT, each=2, activation=ACTIVATION,
+        gate="IQ2_XXS", down="Q2_K", shared="Q8_0", router="float16",
     ) | changes  # fmt: skip
     weight = lambda name, *shape: jax.eval_shape(  # noqa: E731
         lambda: (
@@ -164,8 +224,13 @@ def test_what_it_serves(changes, expected):
             else synthetic.blocks(jax.random.key(0), name, shape)
         )
     )
-    up = weight(given["gate"], EXPERTS, given["hidden"], given["width"])
-    down = weight(given["down"], EXPERTS, given["out"], given["hidden"])
-    shared = weight(given["shared"], given["out"], given["hidden"])
-    routed, activation = Experts(up, up, down), given["activation"]
-    assert moe_ptx.serves(routed, shared, activation, given["each"]) == expected
+    width, hidden, of_shared, out = (
+        given[n] for n in ("width", "hidden", "of_shared", "out")
+    )
+    up = weight(given["gate"], EXPERTS, hidden, width)
+    routed = Experts(up, up, weight(given["down"], EXPERTS, out, hidden))
+    up = weight(given["shared"], of_shared, width)
+    shared = Experts(up, up, weight(given["shared"], out, of_shared))
+    own: Any = jax.ShapeDtypeStruct((EXPERTS, width), given["router"])
+    router = Router(own, None, given["each"], SCALE, SMALLEST)
+    assert moe_ptx.serves(router, routed, shared, given["activation"]) == expected

@@ -13,6 +13,7 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm
+from ds4jax.model.moe import MoE
 from ds4jax.pallas import experts, hyper_connection, router
 from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
@@ -217,14 +218,15 @@ def test_hyper_connection(hidden, merges, dtype, widths):
         streams, update = rows
         return hyper_connection.read(
             streams, update, weights["fn"], weights["base"], weights["scale"],
-            norm.weight.get_value(), config, width, interpret=True,
+            norm.weight.get_value(), config, MoE.ORDERS, width, interpret=True,
         )  # fmt: skip
 
     x, fixed, *others = read((streams, update), None)
-    wanted = fix(x, dtype, interpret=True)
-    same(fixed.words, wanted.words)
-    same(fixed.scale, wanted.scale)
-    np.testing.assert_allclose(fixed.sums, wanted.sums, rtol=1e-5, atol=1e-5)
+    for found, order in zip(fixed, MoE.ORDERS, strict=True):
+        wanted = fix(x, dtype, order, interpret=True)
+        same(found.words, wanted.words)
+        same(found.scale, wanted.scale)
+        np.testing.assert_allclose(found.sums, wanted.sums, rtol=1e-5, atol=1e-5)
     whole = [x, *others]
     for found, wanted in zip(whole, expected, strict=True):
         np.testing.assert_allclose(found, wanted[0], rtol=1e-5, atol=1e-5)

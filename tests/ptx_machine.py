@@ -7,6 +7,7 @@ warps.  What nobody wrote cannot be read: a register is missing, memory is full 
 
 from __future__ import annotations
 
+import collections
 import functools
 import random
 import re
@@ -110,6 +111,8 @@ COMPUTE = {
     "mov.b64": lambda a: a,
     "mov.f32": lambda a: a,
     "neg.f32": lambda a: bits(-real(a)),
+    "abs.f32": lambda a: bits(np.abs(real(a))),
+    "sqrt.rn.f32": lambda a: bits(np.sqrt(real(a))),
     "cvt.u32.u64": lambda a: a.astype(np.uint32),
     "cvt.f32.f16": lambda a: bits(a.view(np.float16)),
     "cvt.rn.f32.s32": lambda a: bits(signed(a)),
@@ -134,8 +137,10 @@ COMPUTE = {
     "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
     "setp.eq.or.u32": lambda a, b, p: (a == b) | p,
     "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
+    "shfl.sync.idx.b32": lambda a, lane, *_: a[lane],
     "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
     "redux.sync.max.u32": lambda a, _: np.full_like(a, a.max()),
+    "redux.sync.min.u32": lambda a, _: np.full_like(a, a.min()),
 }  # fmt: skip
 """From an instruction to what it writes, given what it reads of each lane."""
 
@@ -188,6 +193,7 @@ class Machine:
         for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
             words = part.strip(" \n;:")
             if part.endswith(":\n"):
+                assert words not in self.labels, words
                 self.labels[words] = len(self.code)
             elif words.startswith(".reg"):
                 _, kind, names = words.split(maxsplit=2)
@@ -243,15 +249,15 @@ class Program:
             for warp in range(machine.warps)
         ]
         self.at = [0] * machine.warps
-        self.live, self.waiting = set(range(machine.warps)), set()
-        self.at_barrier = 0
+        self.live, self.waiting = set(range(machine.warps)), {}
+        self.at_barrier = collections.Counter()
 
     def take_turn(self) -> bool:
         """Let a copy arrive, or none, and a warp run; say whether any has not ended."""
         if self.copies and self.chance.random() < self.pace:
             self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
             self.pace = self.chance.choice(PACES)
-        able = sorted(self.live - self.waiting)
+        able = sorted(self.live - self.waiting.keys())
         assert able, "all wait for each other"
         warp = self.chance.choice(able)
         for _ in range(self.chance.randrange(1, TURN)):
@@ -291,7 +297,8 @@ class Program:
             if on.all():
                 self.at[warp] = self.machine.labels[operands[0]]
         elif name in ("bar.sync", "bar.arrive"):
-            return self.meet(warp, int(operands[-1][0]), name == "bar.sync")
+            number, threads = (int(operand[0]) for operand in operands)
+            return self.meet(warp, number, threads, name == "bar.sync")
         elif name.startswith(("ld.", "st.")):
             self.move(warp, name, operands, on)
             if name.startswith("ld.acquire."):
@@ -349,14 +356,15 @@ class Program:
             else:
                 view[index] = self.value(warp, register)[on]
 
-    def meet(self, warp: int, threads: int, waits: bool) -> bool:
+    def meet(self, warp: int, number: int, threads: int, waits: bool) -> bool:
         """Come to where so many threads meet; say whether to go on at once."""
-        self.at_barrier += LANES
-        if self.at_barrier == threads:
-            self.at_barrier = 0
-            self.waiting.clear()
+        self.at_barrier[number] += LANES
+        if self.at_barrier[number] == threads:
+            self.at_barrier[number] = 0
+            left = {w: where for w, where in self.waiting.items() if where != number}
+            self.waiting = left
         elif waits:
-            self.waiting.add(warp)
+            self.waiting[warp] = number
         return not waits
 
     def count(self, warp, operands, on):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms
 from ds4jax.pallas import hyper_connection, stream_maps
-from ds4jax.pallas.fixed_point import FixedPoint, blank
+from ds4jax.pallas.fixed_point import FixedPoint, Order, blank
 from ds4jax.pallas.passes import by_kernel, has_kernels, of_prefill
 from ds4jax.quant import dequantize
 
@@ -82,24 +82,32 @@ class HyperConnection(nnx.Module):
     The two are one step, for a GPU reads the streams once then.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        orders: tuple[Order, ...] = (Order(),),
+    ):
+        """Make one; `orders` are those in which kernels read the block's input."""
         self.fn = Linear(weights["fn.weight"])
         self.base = nnx.Param(dequantize(weights["base.weight"]))
         self.scale = nnx.Param(dequantize(weights["scale.weight"]))
         self.config = config
+        self.orders = orders
 
     def __call__(
         self, streams: Float[Array, "B T M D"], update: Update | None, norm: RMSNorm
     ) -> tuple[
         Float[Array, "B T D"],
-        FixedPoint | None,
+        tuple[FixedPoint, ...],
         Float[Array, "B T M D"],
         Float[Array, "B T M"],
         Float[Array, "B T M M"],
     ]:
         """Return the block's normed input, the streams, and `post` and `mix` of it.
 
-        After the input comes what kernels read of it, where there may be some.
+        After the input comes what kernels read of it, in each order, where there may be
+        some, and else nothing.
 
         Args:
           streams: the residual streams.
@@ -108,15 +116,17 @@ class HyperConnection(nnx.Module):
         """
         if not (has_kernels() and hyper_connection.serves(streams)):
             x, streams, post, mix = self._read(streams, update, norm)
-            return x, None, streams, post, mix
+            return x, (), streams, post, mix
         weights = (
             w.get_value() for w in (self.fn.weight, self.base, self.scale, norm.weight)
         )
-        kernel = functools.partial(_read_by_kernel, *weights, self.config)
+        kernel = functools.partial(_read_by_kernel, *weights, self.config, self.orders)
 
         def read(streams, update):
             x, *others = self._read(streams, update, norm)
-            return x, blank(x.shape[1], x.shape[2], self.config.dtype), *others
+            _, rows, width = x.shape
+            make = functools.partial(blank, rows, width, self.config.dtype)
+            return x, tuple(map(make, self.orders)), *others
 
         return by_kernel(read, streams, update, cuda=kernel)
 
@@ -144,10 +154,10 @@ class HyperConnection(nnx.Module):
         return of_prefill(run, logits, cuda=kernel if served else None)
 
 
-def _read_by_kernel(fn, base, scale, norm, config, width, streams, update):
+def _read_by_kernel(fn, base, scale, norm, config, orders, width, streams, update):
     streams, update = jax.tree.map(lambda a: a[0], (streams, update))
-    weights = fn, base, scale, norm
-    x, fixed, *others = hyper_connection.read(streams, update, *weights, config, width)
+    operands = streams, update, fn, base, scale, norm, config, orders, width
+    x, fixed, *others = hyper_connection.read(*operands)
     return x[None], fixed, *(result[None] for result in others)
 
 

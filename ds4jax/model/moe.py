@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, Weights
-from ds4jax.pallas import expert_tiles, router
-from ds4jax.pallas.experts import Experts
-from ds4jax.pallas.fixed_point import FixedPoint
+from ds4jax.pallas import expert_tiles, moe_ptx, router
+from ds4jax.pallas.experts import FORMATS, Experts
+from ds4jax.pallas.fixed_point import FixedPoint, Order
 from ds4jax.pallas.matmul import every_expert_matmul, expert_matmul, experts_in_groups
 from ds4jax.pallas.moe import (
     has_kernels,
@@ -24,6 +24,7 @@ from ds4jax.pallas.moe import (
     shared_by_kernel,
 )
 from ds4jax.pallas.passes import by_kernel, by_rows, is_watched, of_prefill
+from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
@@ -32,7 +33,13 @@ _SMALLEST_TOTAL = 2.0**-14
 
 
 class MoE(nnx.Module):
-    """Routed experts plus the shared expert."""
+    """Routed experts plus the shared expert.
+
+    Attributes:
+      ORDERS: in which kernels read rows: the shared expert's, and those of IQ2_XXS.
+    """
+
+    ORDERS = Order(), FORMATS["IQ2_XXS"].order
 
     def __init__(self, config: ModelConfig, hashed: bool, weights: Weights):
         linear = lambda name: Linear(weights[name], config.dtype)  # noqa: E731
@@ -54,7 +61,7 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
-        fixed: FixedPoint | None = None,
+        fixed: tuple[FixedPoint, ...] = (),
     ) -> tuple[
         tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Int[Array, "B T U"]
     ]:
@@ -66,12 +73,31 @@ class MoE(nnx.Module):
         Args:
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
-          fixed: `x` as kernels read it, if something computed that already.
+          fixed: `x` in ORDERS, if something computed that already.
         """
+        c, activate = self.config, Swiglu(self.config.swiglu_limit)
+        routed, shared, router = self._stacks(), self._shared_stacks(), self._router()
+        programs = moe_ptx.programs(router, routed, shared, activate) if fixed else 0
+
+        def in_one_launch(width, x, tokens):
+            ids = self._known(tokens[0]) if self.hashed else None
+            own, out, chosen = moe_ptx.multiply(
+                x[0], fixed, ids, router, routed, shared, activate, c.dtype, width,
+                programs,
+            )  # fmt: skip
+            return (own[None], out[None]), chosen[None]
+
+        def in_several(x, tokens):
+            return self._routed_and_shared(x, tokens, fixed[0] if fixed else None)
+
+        cuda = in_one_launch if programs else None
+        return by_kernel(in_several, x, tokens, cuda=cuda)
+
+    def _routed_and_shared(self, x, tokens, fixed):
+        """Do what a call does, whose result it returns: choose first, then multiply."""
         chosen, share = self.route(x, tokens)
         c, activate = self.config, Swiglu(self.config.swiglu_limit)
-        linears, routed = self._shared_linears(), self._stacks()
-        expert = Experts(*(linear.weight.get_value() for linear in linears))
+        expert, routed = self._shared_stacks(), self._stacks()
 
         def kernels(width, x, chosen, share):
             return moe_by_kernel(
@@ -96,6 +122,18 @@ class MoE(nnx.Module):
 
     def _shared_linears(self):
         return self.shared_gate, self.shared_up, self.shared_down
+
+    def _shared_stacks(self) -> Experts:
+        return Experts(*(w.weight.get_value() for w in self._shared_linears()))
+
+    def _router(self) -> Router:
+        c, weight = self.config, self.router.weight.get_value()
+        bias = None if self.hashed else self.bias.get_value()
+        return Router(weight, bias, c.experts_used, c.routed_scale, _SMALLEST_TOTAL)
+
+    def _known(self, tokens):
+        """Return the experts of tokens that a table chooses."""
+        return jax.tree.map(lambda table: table[tokens], self.table.get_value())
 
     def _stacks(self) -> Experts:
         return Experts(*(w.get_value() for w in (self.gate, self.up, self.down)))
@@ -122,7 +160,7 @@ class MoE(nnx.Module):
         """Return the chosen experts, best first, and their weights."""
         logits = of_prefill(self.router, x, cuda=self._logits_by_pieces)
         if self.hashed:
-            chosen = jax.tree.map(lambda table: table[tokens], self.table.get_value())
+            chosen = self._known(tokens)
             prob = jnp.sqrt(jax.nn.softplus(logits))
             return chosen, self._share(prob, chosen)
         c, bias = self.config, self.bias.get_value()

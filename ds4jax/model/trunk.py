@@ -74,7 +74,7 @@ class Layer(nnx.Module):
         self.hc_attn = HyperConnection(config, scope(weights, "hc_attn_"))
         self.attn_norm = RMSNorm(weights["attn_norm.weight"], config.rms_eps)
         self.attention = Attention(config, ratio, weights)
-        self.hc_ffn = HyperConnection(config, scope(weights, "hc_ffn_"))
+        self.hc_ffn = HyperConnection(config, scope(weights, "hc_ffn_"), MoE.ORDERS)
         self.ffn_norm = RMSNorm(weights["ffn_norm.weight"], config.rms_eps)
         self.moe = MoE(config, hashed, weights)
 
@@ -103,7 +103,7 @@ class Layer(nnx.Module):
     def run(self, streams, update, tokens, cache, rows):
         """Do what a call does."""
         x, fixed, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
-        y, cache, selected = self.attention(x, cache, rows, fixed)
+        y, cache, selected = self.attention(x, cache, rows, *fixed)
         update = Update((y,), *weights)
         x, fixed, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
         parts, experts = self.moe(x, tokens, fixed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import DOWN_ROWS, HIDDEN, ORDER, Shape
 from ds4jax.pallas.ptx import LANES, number, registers
-from ds4jax.pallas.ptx_fixed_point import to_float
+from ds4jax.pallas.ptx_fixed_point import dot, to_float
 
 _CHUNKS = HIDDEN // (16 * LANES)
 """That a lane has of a row in Q8_0: halves of groups."""
@@ -24,7 +24,10 @@ EXPONENT = 0x49000000
 
 
 def read_shexp(s: Shape) -> str:
-    """Read a lane's hidden values of the shared expert."""
+    """Read a lane's hidden values of the shared expert.
+
+    Not through the read-only cache: other programs have just written them.
+    """
     text = f"""
     mul.lo.u32 a, own_row, {s.limbs * HIDDEN};
     mad.lo.u32 a, lane, 16, a;
@@ -34,7 +37,7 @@ def read_shexp(s: Shape) -> str:
         for chunk in range(_CHUNKS):
             x = registers("x", 4 * (limb * _CHUNKS + chunk), 4)
             text += f"""
-    ld.global.nc.v4.b32 {x}, [address+{limb * HIDDEN + chunk * 16 * LANES}];"""
+    ld.global.v4.b32 {x}, [address+{limb * HIDDEN + chunk * 16 * LANES}];"""
     text += f"""
     shr.u32 a, lane, 1;
     mad.lo.u32 a, own_row, {_GROUPS}, a;
@@ -42,7 +45,7 @@ def read_shexp(s: Shape) -> str:
     mad.wide.u32 address, a, 4, base;"""
     for chunk in range(_CHUNKS):
         text += f"""
-    ld.global.nc.f32 scale{chunk}, [address+{4 * chunk * LANES // 2}];"""
+    ld.global.f32 scale{chunk}, [address+{4 * chunk * LANES // 2}];"""
     return text
 
 
@@ -64,8 +67,8 @@ SHEXP_ROWS:"""
             text += f"""
     ld.shared.v4.b32 {registers("q", 0, 4)}, [at+{at}];
     ld.shared.b16 half0, [at_d+{at_d}];"""
-            limbs = [limb * _CHUNKS + chunk for limb in range(s.limbs)]
-            text += _dot("s32", words, limbs) + to_float(s.limbs)
+            starts = [4 * (limb * _CHUNKS + chunk) for limb in range(s.limbs)]
+            text += dot("s32", words, starts) + to_float(s.limbs)
             text += f"""
     cvt.f32.f16 d, half0;
     mul.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
@@ -95,11 +98,9 @@ def _next_rows(label: str, *steps: tuple[str, int]) -> str:
 
 def read_shares(s: Shape) -> str:
     """Read the shares of a task's experts."""
-    text = """
-    mov.b64 base, %share;
-    mad.wide.u32 address, pair, 4, base;"""
+    text = "\n    mad.lo.u32 a, pair, 4, shared;"
     for expert in range(s.at_once):
-        text += f"\n    ld.global.nc.f32 share{expert}, [address+{4 * expert}];"
+        text += f"\n    ld.shared.f32 share{expert}, [a+{s.shares + 4 * expert}];"
     return text
 
 
@@ -196,7 +197,8 @@ def _multiply(s: Shape, row: int) -> str:
         words = [f"w{i}" for i in range(4)]
         for i, word in enumerate(words):
             text += f"\n    and.b32 {word}, q{4 * row + i}, {mask};"
-        text += _dot("u32", words, [limb * levels + level for limb in range(s.limbs)])
+        starts = [4 * (limb * levels + level) for limb in range(s.limbs)]
+        text += dot("u32", words, starts)
         text += f"""
     and.b32 times, packed{row}, 0x0F0F0F0F;
     prmt.b32 times, times, 0, 0x444{level};
@@ -222,17 +224,6 @@ def _multiply(s: Shape, row: int) -> str:
     neg.f32 d, d;
     fma.rn.f32 f, minimum, d, f;"""
     )
-
-
-def _dot(kind: str, words: list[str], places: list[int]) -> str:
-    """Multiply four words by those of each limb; the first two become one number."""
-    text = ""
-    for limb, place in enumerate(places):
-        text += f"\n    mov.b32 m{limb}, 0;"
-        for i, word in enumerate(words):
-            x = f"x{4 * place + i}"
-            text += f"\n    dp4a.{kind}.s32 m{limb}, {word}, {x}, m{limb};"
-    return text + "\n    mad.lo.s32 m0, m0, 256, m1;"
 
 
 def _add(to: str, times: str, is_first: bool) -> str:

@@ -85,13 +85,13 @@ def shapes(
     )
 
 
-def blank(rows: int, width: int, dtype: str) -> FixedPoint:
+def blank(rows: int, width: int, dtype: str, order: Order) -> FixedPoint:
     """Return what stands for rows in fixed point where no kernel reads them."""
     words, scale, sums = (
         jnp.zeros(array.shape, array.dtype)
-        for array in shapes(rows, width, dtype, Order())
+        for array in shapes(rows, width, dtype, order)
     )
-    return FixedPoint(words, scale, sums)
+    return FixedPoint(words, scale, sums, order)
 
 
 def fix(

@@ -1,13 +1,18 @@
-"""A hyper connection's reading of the streams, on NVIDIA GPUs, in three launches.
+"""A hyper connection's reading of the streams, on NVIDIA GPUs, in two launches.
 
 As XLA's own kernels it is nearly a hundred, most of them Sinkhorn's, each of a
-microsecond: more than a layer's weights take to read.  Sinkhorn's launch is beside the
-block, which needs only its input.  A long pass has Sinkhorn's alone from here.
+microsecond: more than a layer's weights take to read.  Sinkhorn has programs of its own
+in the launch of the block's input.  Beside the block, which does not need it, it would
+be in the way of programs that want whole multiprocessors.  A long pass has Sinkhorn's
+alone from here.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +25,8 @@ from ds4jax.pallas.fixed_point import FixedPoint, Order, shapes, store
 
 _PARTS = 128
 """Into how many the sums over all streams are cut, whatever the number of rows."""
+
+_MIXED_WARPS = 4
 
 _ROWS = 32
 """Rows of a long pass whose matrices a program takes, one for each thread."""
@@ -45,19 +52,21 @@ def read(
     scale: Float[Array, "3"],
     norm: Float[Array, "D"],
     config: ModelConfig,
+    orders: Sequence[Order],
     width: int | None = None,
     *,
     interpret: bool = False,
 ) -> tuple[
     Float[Array, "R D"],
-    FixedPoint,
+    tuple[FixedPoint, ...],
     Float[Array, "R M D"],
     Float[Array, "R M"],
     Float[Array, "R M M"],
 ]:
     """Return what `HyperConnection` does: a block's normed input, streams and weights.
 
-    After the input comes the same in fixed point, for operands of the config's type.
+    After the input comes the same in fixed point, for operands of the config's type, in
+    each of some orders.
 
     Args:
       streams: of some rows.
@@ -65,6 +74,7 @@ def read(
       fn, base, scale: the connection's weights; F = 2 M + M^2.
       norm: weight of the block's RMS norm.
       config: for the counts and the epsilons.
+      orders: of the input in fixed point.
       width: how many rows, the first ones, are not copies of the last of these.
       interpret: without a GPU.
     """
@@ -85,27 +95,24 @@ def read(
         name="hc_maps",
     )(streams, fn.reshape(-1, m, d), *jax.tree.leaves(update))
     (streams,) = merged or (streams,)
-    x, *fixed = call(
-        functools.partial(_input_kernel, c=config, width=width),
-        grid=(rows,),
+    fixed = [shapes(rows, d, config.dtype, order) for order in orders]
+    x, post, mix, *fixed = call(
+        functools.partial(
+            _mixed_kernel, c=config, orders=orders, width=width, interpret=interpret
+        ),
+        grid=(2, rows),
         out_shape=(
             jax.ShapeDtypeStruct((rows, d), jnp.float32),
-            *shapes(rows, d, config.dtype, Order()),
-        ),
-        compiler_params=plgpu.CompilerParams(num_warps=16),
-        name="hc_input",
-    )(streams, maps, squares, base, scale, norm)
-    post, mix = call(
-        functools.partial(_weights_kernel, c=config, count=m * d),
-        grid=(rows,),
-        out_shape=(
             jax.ShapeDtypeStruct((rows, m), jnp.float32),
             jax.ShapeDtypeStruct((rows, m, m), jnp.float32),
+            *itertools.chain(*fixed),
         ),
-        compiler_params=plgpu.CompilerParams(num_warps=4),
-        name="hc_weights",
-    )(x, maps, squares, base, scale)
-    return x, FixedPoint(*fixed), streams, post, mix
+        compiler_params=plgpu.CompilerParams(num_warps=_MIXED_WARPS),
+        name="hc_mixed",
+    )(streams, maps, squares, base, scale, norm)
+    found = zip(orders, *(fixed[i::3] for i in range(3)), strict=True)
+    ordered = tuple(FixedPoint(*arrays, order=order) for order, *arrays in found)
+    return x, ordered, streams, post, mix
 
 
 def _maps_kernel(
@@ -147,7 +154,7 @@ def _merged(streams_ref, refs, row, stream, own):
     return post_ref[row, stream] * output + carried
 
 
-def _input_kernel(
+def _mixed_kernel(
     streams_ref,  # [R, M, D]
     maps_ref,  # [_PARTS, R, size]
     squares_ref,  # [_PARTS, R]
@@ -155,43 +162,56 @@ def _input_kernel(
     scale_ref,  # [3]
     norm_ref,  # [D]
     out_ref,  # [R, D]
-    *fixed_refs,  # of the arrays of `shapes`
-    c, width,
+    post_ref,  # [R, M]
+    mix_ref,  # [R, M, M]
+    *fixed_refs,  # of the arrays of `shapes`, for each order
+    c, orders, width, interpret,
 ):  # fmt: skip
-    row = pl.program_id(0)
+    refs, row = (maps_ref, squares_ref, base_ref, scale_ref), pl.program_id(1)
+
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        out = norm_ref, out_ref, *fixed_refs
+        _input(streams_ref, refs, *out, row=row, c=c, orders=orders, width=width)
+
+    @pl.when(pl.program_id(0) == 1)
+    def _():
+        count = math.prod(streams_ref.shape[1:])
+        _weights(refs, post_ref, mix_ref, row, c, count, interpret)
+
+
+def _input(
+    streams_ref, refs, norm_ref, out_ref, *fixed_refs, row, c, orders, width
+):  # fmt: skip
+    """Write a row of the block's input."""
     read = jnp.minimum(row, width - 1)
     m, d = streams_ref.shape[1:]
     # On their way while the maps are added up.
     streams, norm = streams_ref[read, :, :], norm_ref[:]
-    refs = maps_ref, squares_ref, base_ref, scale_ref
     pre = jax.nn.sigmoid(_map(refs, row, 0, jnp.arange(m), c, m * d)) + c.hc_eps
     x = jnp.sum(pre[:, None] * streams, 0)
     mean = jnp.sum(x * x) / d
     x = x / jnp.sqrt(mean + c.rms_eps) * norm
     out_ref[row, :] = x
-    store(fixed_refs, x.reshape(-1, 2, 4, 4), row, 0, c.dtype, Order())
+    for i, order in enumerate(orders):
+        own = fixed_refs[3 * i : 3 * i + 3]
+        store(own, x.reshape(-1, 2, 4, 4), row, 0, c.dtype, order)
 
 
-def _weights_kernel(
-    _,  # not read: the block waits for its input, which is therefore launched first
-    maps_ref,  # [_PARTS, R, size]
-    squares_ref,  # [_PARTS, R]
-    base_ref,  # [F]
-    scale_ref,  # [3]
-    post_ref,  # [R, M]
-    mix_ref,  # [R, M, M]
-    *, c, count,
-):  # fmt: skip
-    row = pl.program_id(0)
+def _weights(refs, post_ref, mix_ref, row, c, count, interpret):
+    """Write a row's weights of the output and of the streams."""
     m = post_ref.shape[1]
-    refs = maps_ref, squares_ref, base_ref, scale_ref
     post = _map(refs, row, 1, m + jnp.arange(m), c, count)
     logits = _map(refs, row, 2, 2 * m + jnp.arange(m * m), c, count)
     post_ref[row, :] = 2 * jax.nn.sigmoid(post)
     # Numbers, not arrays: every thread then computes all of them, where sums along an
     # axis would have threads wait for each other forty times.
+    wait = (lambda: None) if interpret else plgpu.debug_barrier
     at = jnp.arange(m * m)
-    cells = [jnp.sum(jnp.where(at == place, logits, 0)) for place in range(m * m)]
+    mix_ref[row, at // m, at % m] = logits
+    wait()
+    cells = [mix_ref[row, place // m, place % m] for place in range(m * m)]
+    wait()
     for place, value in enumerate(_sinkhorn(cells, m, c.sinkhorn_iters, c.hc_eps)):
         mix_ref[row, place // m, place % m] = value
 

@@ -90,9 +90,7 @@ def multiply(s: Shape, own: int, row: int, step: int) -> str:
 
 def activate(s: Shape) -> str:
     """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
-    # Weights were multiplied by eight times their scale, a whole number.
     return f"""
-    mul.f32 sum0, sum0, {number(1 / 8)};
     shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
     min.f32 sum0, sum0, {number(s.limit)};
     min.f32 g, g, {number(s.limit)};
@@ -109,7 +107,7 @@ def finish(s: Shape) -> str:
     levels = ORDER.levels
     text = f"""
     and.b32 a, number, 1;
-    mad.lo.u32 a, a, {4 * GROUP}, shared;
+    mad.lo.u32 a, a, {s.exchanged}, shared;
     mad.lo.u32 a, lane, 4, a;
     ld.shared.f32 f, [a+{s.values}];""" + tell(s.read, "number")
     text += fix(s.dtype)
@@ -140,6 +138,6 @@ def finish(s: Shape) -> str:
     mad.wide.u32 address, a, 4, base;
     @p st.global.f32 [address], f;
     div.u32 a, pair, {s.at_once};
-    mov.b64 base, %finished;
+    mov.b64 base, %counters;
     mad.wide.u32 address, a, 4, base;"""
-    return text + s.counter.count("[address]")
+    return text + s.finished.count(f"[address+{4 * s.first_finished}]")

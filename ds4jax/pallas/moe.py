@@ -1,4 +1,4 @@
-"""A mixture of experts by kernels, on NVIDIA GPUs: in one launch, or in several."""
+"""A mixture of experts by kernels, on NVIDIA GPUs, where `moe_ptx` does not serve."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from jaxtyping import Array, Float, Int
 
-from ds4jax.pallas import experts, moe_ptx, q8_0
+from ds4jax.pallas import experts, q8_0
 from ds4jax.pallas.experts import Experts, packed
 from ds4jax.pallas.fixed_point import FixedPoint, fix, fix_gated
 from ds4jax.pallas.matmul import is_q8_0
-from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import QuantTensor
 
 
@@ -56,17 +55,7 @@ def moe_by_kernel(
     """
     gate, up, down = packed(routed)
     order, of_hidden = (experts.FORMATS[w.format].order for w in (gate, down))
-    rows, each = fix(x[0], dtype, order, interpret=interpret), expert_ids.shape[1]
-    programs = moe_ptx.programs(routed, shared.down, activation, each)
-    if programs and not interpret and has_shared_kernel(shared):
-        assert isinstance(activation, Swiglu)
-        hidden = _shared_hidden(x, shared, activation, dtype, width, fixed, interpret)
-        _, _, last = packed(shared)
-        own, out = moe_ptx.multiply(
-            rows, hidden, routed, last, expert_ids, share, activation, dtype, width,
-            programs,
-        )  # fmt: skip
-        return own[None], out[None]
+    rows = fix(x[0], dtype, order, interpret=interpret)
     hidden = experts.gated(
         rows, gate, up, expert_ids, activation, dtype, of_hidden, width,
         interpret=interpret,
@@ -102,14 +91,9 @@ def shared_by_kernel(
       fixed: `fix(x[0], dtype)`, if it is there already.
       interpret: without a GPU.
     """
-    hidden = _shared_hidden(x, expert, activation, dtype, width, fixed, interpret)
-    _, _, down = packed(expert)
-    out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
-    return out[None, :, 0]
-
-
-def _shared_hidden(x, expert, activation, dtype, width, fixed, interpret):
-    gate, up, _ = packed(expert)
+    gate, up, down = packed(expert)
     rows = fix(x[0], dtype, interpret=interpret) if fixed is None else fixed
     by_gate, by_up = q8_0.matvecs(rows, [gate, up], width, interpret=interpret)
-    return fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)
+    hidden = fix_gated(by_gate, by_up, activation, dtype, interpret=interpret)
+    out = q8_0.matvec(hidden, down, width=width, interpret=interpret)
+    return out[None, :, 0]

@@ -16,7 +16,7 @@ from ds4jax.pallas.down_arithmetic import (
 )
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import DOWN_ROWS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, divide, number, store_row
+from ds4jax.pallas.ptx import LANES, add_up, divide, number, store_row, wait
 
 
 def down(s: Shape) -> str:
@@ -26,6 +26,8 @@ def down(s: Shape) -> str:
 DOWN:
     setp.ge.u32 p, block, {s.blocks};
     @p bra END;"""
+        + wait("SHARES_THERE", f"shared+{s.weighed}", "0")
+        + wait("SHEXP_FIXED_THERE", f"shared+{s.shexp_fixed}", "0")
         + slots.wait_for_weights(s, "SHEXP_COPIED")
         + """
     mov.u32 own_row, 0;

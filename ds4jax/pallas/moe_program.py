@@ -1,20 +1,22 @@
 """The text of `moe_ptx`'s programs, in PTX: how warps begin, and gate and up.
 
-A program takes task after task: GROUP rows of an expert's gate, the same of its up, and
-a row of activations; then, as `moe_down` has it, blocks of rows of down.  A warp
-multiplies a few of those rows, a lane the same few groups of each: it holds their
-activations in registers.  Each lane looks codes up in a bank of shared memory of its
+A program takes a few of the router's logits and tasks of the shared expert's gate and
+up; then task after task GROUP rows of an expert's gate, the same of its up, and a row
+of activations; then, as `moe_down` has it, blocks of rows of down.  A warp multiplies a
+few of those rows, a lane the same few groups of each: it holds their activations in
+registers.  Each lane looks codes up in a bank of shared memory of its
 own, where no other lane is in its way.
 """
 
 from __future__ import annotations
 
+from ds4jax.pallas import moe_router
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.down_arithmetic import EXPONENT
-from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.iq2_arithmetic import activate, look_up, multiply, read
 from ds4jax.pallas.moe_down import down
-from ds4jax.pallas.moe_service import next_task, service
+from ds4jax.pallas.moe_router import add_logits, load_logits
+from ds4jax.pallas.moe_service import first_task, next_task, service
 from ds4jax.pallas.moe_shape import (
     BLOCK,
     EACH,
@@ -24,25 +26,27 @@ from ds4jax.pallas.moe_shape import (
     WARPS,
     Shape,
 )
-from ds4jax.pallas.ptx import LANES, add_up, begin, bind, divide, registers
+from ds4jax.pallas.moe_shexp import multiply_gated
+from ds4jax.pallas.ptx import LANES, add_up, begin, bind, divide, number, registers
 from ds4jax.pallas.ptx_fixed_point import declare
 
 
 def program(s: Shape) -> str:
     """Return the text of a program."""
-    text = "{" + _start(s) + _fill_table() + _gated(s) + down(s) + service(s)
+    text = "{" + _start(s) + _fill_table() + add_logits(s) + multiply_gated(s)
+    text += _gated(s) + down(s) + service(s)
     return bind(text, OPERANDS) + "\nEND:\n}"
 
 
 def _start(s: Shape) -> str:
     """Declare registers, and have all on its way that is read first."""
     x, words = 8 * s.limbs * s.steps, 2 * s.steps
-    text = declare(s.dtype)
+    text = declare(s.dtype) + moe_router.declare(s)
     text += f"""
     .reg .pred p, first, lower;
     .reg .b32 thread, lane, warp, shared, number, phase, bar, here, to, a, b, c, w;
-    .reg .b32 pair, tile, block, stage, turn, end, own_row, row, expert;
-    .reg .b32 chosen<{s.at_once}>, lane_table, positive, negative, exponent;
+    .reg .b32 pair, tile, block, stage, turn, end, own_row, own_half, row, expert;
+    .reg .b32 before, chosen<{s.at_once}>, lane_table, positive, negative, exponent;
     .reg .b32 times, least, packed<2>, at, at_d, at_min, at_words;
     .reg .b32 at_scale, at_sums, flip<2>, code<8>, x<{x}>, m<{s.limbs}>, q<8>, w<4>;
     .reg .b32 grid<{words}>, signs<{words}>;
@@ -55,17 +59,19 @@ def _start(s: Shape) -> str:
     setp.lt.u32 lower, lane, {LANES // 2};
     mov.b64 base, %shared;
     cvt.u32.u64 shared, base;
-    mov.u32 block, %ctaid.x;{divide("pair", "block", s.tiles)}
-    and.b32 tile, block, {s.tiles - 1};
+    mov.u32 block, %ctaid.x;
     mov.u32 number, 0;
     setp.ge.u32 p, warp, {WARPS};
     @p bra SERVICE;
+    mov.u32 piece, %ctaid.x;"""
+    text += load_logits(s)
+    text += f"""
     mov.b64 base, %table;
     mad.wide.u32 address, thread, 4, base;
     ld.global.nc.b32 w, [address];
     mad.wide.u32 address, lane, 8, base;
     ld.global.nc.v2.b32 {{positive, negative}}, [address+{4 * WARPS * LANES}];"""
-    return text + _activations(s)
+    return text
 
 
 def _activations(s: Shape) -> str:
@@ -79,7 +85,7 @@ def _activations(s: Shape) -> str:
     mad.wide.u32 address, b, 4, base;
     ld.global.nc.v{s.steps}.f32 {registers("scale", 0, s.steps)}, [address];
     mad.lo.u32 b, row, {8 * s.limbs - 1}, b;
-    mov.b64 base, %words;
+    mov.b64 base, %by_word;
     mad.wide.u32 address, b, 4, base;"""
     for word in range(8 * s.limbs):
         own = registers("x", word * s.steps, s.steps)
@@ -110,8 +116,11 @@ def _gated(s: Shape) -> str:
     order = [(row, step) for row in rows for step in range(s.steps)]
     block = divide("a", "lane", BLOCK // s.steps)
     text = (
-        f"""
-    mad.lo.u32 lane_table, lane, 4, shared;
+        """
+    mad.lo.u32 lane_table, lane, 4, shared;"""
+        + first_task(s)
+        + _activations(s)
+        + f"""
     setp.ge.u32 p, pair, {s.pairs};
     @p bra BLOCK;
 GATED:"""
@@ -138,11 +147,13 @@ GATED:"""
         + next_task(s)
         + _activations(s)
         + add_up(ROWS)
+        # Weights were multiplied by eight times their scale, a whole number.
+        + f"\n    mul.f32 sum0, sum0, {number(1 / 8)};"
         + activate(s)
         + slots.wait_for("VALUES_READ", s.read, "number", 2)
         + f"""
     and.b32 a, number, 1;
-    mad.lo.u32 b, a, {4 * GROUP}, shared;{divide("c", "lane", EACH)}
+    mad.lo.u32 b, a, {s.exchanged}, shared;{divide("c", "lane", EACH)}
     mad.lo.u32 c, c, {WARPS}, warp;
     mad.lo.u32 b, c, 4, b;
     and.b32 c, lane, {EACH - 1};

@@ -15,6 +15,8 @@ other, so that they have to have the multiprocessors for themselves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,15 +24,23 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from ds4jax.pallas import iq2_xxs, ptx
 from ds4jax.pallas.experts import Experts, packed
-from ds4jax.pallas.fixed_point import GROUP, FixedPoint, shapes
+from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.moe_program import program
-from ds4jax.pallas.moe_shape import HIDDEN, ORDER, THREADS, Shape
+from ds4jax.pallas.moe_shape import (
+    HIDDEN,
+    LOGITS,
+    ORDER,
+    THREADS,
+    Routing,
+    Shape,
+)
 from ds4jax.pallas.ptx import LANES
+from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import QuantTensor
 
-_ROUTED = "IQ2_XXS", "IQ2_XXS", "Q2_K"
+_ROUTED = ["IQ2_XXS", "IQ2_XXS", "Q2_K"]
 """Formats of gate, up and down."""
 
 _GATED = "grid", "signs", "d"
@@ -38,107 +48,134 @@ _GATED = "grid", "signs", "d"
 
 
 def programs(
-    routed: Experts, shared_down: object, activation: object, each: int
+    router: Router, routed: Experts, shared: Experts, activation: object
 ) -> int:
     """Return how many programs `multiply` would have: one for each multiprocessor.
 
     0 if it is not for these experts, or not for the device that there is.
     """
-    return ptx.programs() if serves(routed, shared_down, activation, each) else 0
+    return ptx.programs() if serves(router, routed, shared, activation) else 0
 
 
-def serves(routed: Experts, shared_down: object, activation: object, each: int) -> bool:
+def serves(
+    router: Router, routed: Experts, shared: Experts, activation: object
+) -> bool:
     """Say whether `multiply` is for these experts, on a GPU that has what it needs.
 
     Args:
+      router: chooses experts.
       routed: stacks of experts.
-      shared_down: down of the shared expert.
-      activation: of both.
-      each: experts of a row.
+      shared: the one of all rows.
+      activation: of all of them.
     """
-    gate, up, down = packed(routed)
-    if (gate.format, up.format, down.format) != _ROUTED or not is_q8_0(shared_down):
+    formats = [w.format if isinstance(w, QuantTensor) else "" for w in routed]
+    if formats != _ROUTED or not all(is_q8_0(w) for w in shared):
+        return False
+    chooses = router.weight
+    if isinstance(chooses, QuantTensor) or chooses.dtype != jnp.float16:
         return False
     if not isinstance(activation, Swiglu):
         return False
-    (_, hidden, width), (_, out, _) = gate.shape, down.shape
+    gate, _, down = packed(routed)
+    (experts, hidden, width), (_, out, _) = gate.shape, down.shape
     # A lane loads its groups of a row of gate at once, and they share a `d`.
     lane, rest = divmod(width // GROUP, LANES)
     if hidden != HIDDEN or rest or lane not in (2, 4) or out % GROUP:
         return False
-    return _shape(1, 1, each, width, out, "float32", 0, 1).shared <= ptx.SHARED
+    if packed(shared)[0].shape[0] != HIDDEN or experts % LOGITS:
+        return False
+    shape = _shape(1, 1, router, width, out, "float32", 0, experts)
+    return shape.shared <= ptx.SHARED
 
 
 def multiply(
-    x: FixedPoint,
-    hidden: FixedPoint,
+    x: Float[Array, "R In"],
+    fixed: Sequence[FixedPoint],
+    ids: Int[Array, "R U"] | None,
+    router: Router,
     routed: Experts,
-    shared_down: QuantTensor,
-    expert_ids: Int[Array, "R U"],
-    share: Float[Array, "R U"],
+    shared: Experts,
     activation: Swiglu,
     dtype: str,
     width: int,
     programs: int,
-) -> tuple[Float[Array, "R Out"], Float[Array, "R Out"]]:
-    """Return what the shared expert makes of rows, and what those that they chose do.
+) -> tuple[Float[Array, "R Out"], Float[Array, "R Out"], Int[Array, "R U"]]:
+    """Return what the shared expert makes of rows, those they chose, and which.
 
     Args:
-      x: R rows of In, in the order of IQ2_XXS.
-      hidden: R rows of what the shared expert's down is to be multiplied by.
+      x: the rows.
+      fixed: the same in fixed point, in the order of Q8_0 and in that of IQ2_XXS.
+      ids: of the rows' experts, if that is known.
+      router: chooses experts else.
       routed: stacks of experts.
-      shared_down: [Out, F].
-      expert_ids: of each row.
-      share: of each of them.
-      activation: of the routed experts.
+      shared: the one of all rows.
+      activation: of all of them.
       dtype: operand type.
       width: for how many of the R rows to compute; the others' results are copies of
         the last of these.
       programs: that run side by side; the result is the same whatever their number.
     """
-    rows, each = expert_ids.shape
+    rows, into = x.shape
     *_, down = packed(routed)
     _, out, _ = down.shape
-    shape = _shape(
-        width, rows, each, GROUP * x.scale.shape[1], out, dtype, activation.limit,
-        programs,
-    )  # fmt: skip
-    result = jax.ShapeDtypeStruct((rows, out), jnp.float32)
-    *_, own, found = ptx.launch(
-        f"moe_{width}x{each}x{out}x{GROUP * shape.groups}",
+    shape = _shape(width, rows, router, into, out, dtype, activation.limit, programs)
+    *_, chosen, own, found = ptx.launch(
+        f"moe_{width}x{shape.each}x{out}x{into}",
         program(shape),
-        operands(shape, x, hidden, routed, shared_down, expert_ids, share),
-        (*shapes(rows * each, HIDDEN, dtype, ORDER), result, result),
+        operands(shape, x, fixed, ids, router, routed, shared),
+        written(shape),
         shape.shared,
         programs,
         THREADS // LANES,
     )
-    return own, found
+    return own, found, chosen
 
 
-def _shape(width, rows, each, into, out, dtype, limit, programs) -> Shape:
-    return Shape(width, rows - width, each, into // GROUP, out, dtype, limit, programs)
+def _shape(width, rows, router, into, out, dtype, limit, programs) -> Shape:
+    routing = Routing(
+        router.weight.shape[0], router.bias is None, router.scale, router.smallest
+    )
+    sizes = into // GROUP, out, dtype, limit, programs
+    return Shape(width, rows - width, router.used, routing, *sizes)
 
 
 def operands(
     s: Shape,
-    x: FixedPoint,
-    hidden: FixedPoint,
+    x: Array,
+    fixed: Sequence[FixedPoint],
+    ids: Array | None,
+    router: Router,
     routed: Experts,
-    shared_down: QuantTensor,
-    expert_ids: Array,
-    share: Array,
+    shared: Experts,
 ) -> list[Array]:
     """Return what a program reads, in its order."""
     gate, up, down = (w.planes for w in packed(routed))
-    own = shared_down.planes
+    own, by_word = fixed
+    chooses, known = router.weight, router.bias if ids is None else ids
+    assert known is not None and not isinstance(chooses, QuantTensor)
     return [
-        expert_ids.reshape(-1), share.reshape(-1), x.words, x.scale,
+        x, own.words, by_word.words, own.scale, jnp.asarray(chooses), known,
         jnp.asarray(_table()), *(w[n] for w in (gate, up) for n in _GATED),
         *(down[n] for n in ("quants", "scales", "d", "dmin")),
-        hidden.words, hidden.scale, own["quants"], own["d"],
-        jnp.zeros(s.parts, jnp.uint32),
+        *(w.planes[n] for w in packed(shared) for n in ("quants", "d")),
+        jnp.zeros(s.counters, jnp.uint32),
     ]  # fmt: skip
+
+
+def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
+    """Return what programs write, in their order."""
+    rows, array = s.rows + s.copied_rows, jax.ShapeDtypeStruct
+    result = array((rows, s.out), jnp.float32)
+    return [
+        array((s.rows, s.routing.experts), jnp.uint32),
+        array((s.rows, s.routing.experts), jnp.float32),
+        array((s.rows, HIDDEN), jnp.float32),
+        *shapes(s.rows, HIDDEN, s.dtype, Order())[:2],
+        *shapes(s.pairs, HIDDEN, s.dtype, ORDER),
+        array((rows, s.each), jnp.int32),
+        result,
+        result,
+    ]
 
 
 def _table() -> UInt32[np.ndarray, "320"]:

@@ -6,18 +6,29 @@ multiplies is then never held up by memory, nor by other programs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
-from ds4jax.pallas.moe_shape import THREADS, WARPS, Shape
-from ds4jax.pallas.ptx import start_barriers
+from ds4jax.pallas.moe_router import choose, weigh, write_probabilities
+from ds4jax.pallas.moe_shape import LOGITS, SERVICE, THREADS, WARPS, Shape
+from ds4jax.pallas.moe_shexp import fix_hidden, write_gated
+from ds4jax.pallas.ptx import LANES, divide, start_barriers, wait
 
 
-def next_task(s: Shape) -> str:
-    """Go on to a program's next task of gate and up.
+def first_task(s: Shape) -> str:
+    """Go on to a program's first task of the routed experts' gate and up.
 
     Task n of program p is tile `t % tiles` of pair `t / tiles`, t = p + n programs: the
     hidden values of the first pairs are there when down begins.
     """
+    return f"""
+    mov.u32 a, %ctaid.x;{divide("pair", "a", s.tiles)}
+    and.b32 tile, a, {s.tiles - 1};"""
+
+
+def next_task(s: Shape) -> str:
+    """Go on to a program's next task."""
     return f"""
     add.u32 tile, tile, {s.programs % s.tiles};
     add.u32 pair, pair, {s.programs // s.tiles};
@@ -33,47 +44,85 @@ def service(s: Shape) -> str:
 SERVICE:
     setp.ne.u32 p, warp, {WARPS};
     @p bra OTHERS;"""
-        + _weights(s)
+        + _shexp_weights(s)
         + f"""
+    bra COPY;
 OTHERS:
     bar.sync 0, {THREADS};
+    setp.ne.u32 p, warp, {WARPS + 1};
+    @p bra CHOICE;"""
+        + write_probabilities(s)
+        + "\nCHOICE:"
+        + choose(s)
+        + f"""
+    bar.arrive 1, {SERVICE * LANES};"""
+        + weigh(s)
+        + f"""
     setp.eq.u32 p, warp, {WARPS + 1};
     @p bra WRITE;
-    setp.ne.u32 p, warp, {WARPS + 2};
-    @p bra END;"""
+    setp.eq.u32 p, warp, {WARPS + 2};
+    @p bra HIDDEN_VALUES;"""
+        + fix_hidden(s)
+        + _routed_weights(s)
         + _hidden(s)
         + _write(s)
     )
 
 
-def _weights(s: Shape) -> str:
-    """Have the weights of all tasks copied, as soon as there is room."""
-    text = _ids(s, 1)
-    text += start_barriers(s.barriers)
+def _shexp_weights(s: Shape) -> str:
+    """Set barriers up and have the weights of the shared expert's tasks copied.
+
+    The router's go first: all programs wait for what all of them make of it.
+    """
+    text = start_barriers(s.barriers)
     text += f"""
     bar.warp.sync 0xffffffff;
     bar.arrive 0, {THREADS};
+    mov.u32 tile, %ctaid.x;
+    setp.ge.u32 p, tile, {s.routing.experts // LOGITS};
+    @p bra COPY_SHEXP;"""
+    text += wait("ROUTER_READ", f"shared+{s.added}", "0")
+    text += f"""
+COPY_SHEXP:
+    setp.ge.u32 p, tile, {s.shexp_tasks};
+    @p bra SHEXP_COPIES;"""
+    text += slots.wait_for("SHEXP_GATED_ROOM", s.settled, "number", 2)
+    text += slots.copy_shexp_gated(s)
+    return (
+        text
+        + f"""
+    add.u32 number, number, 1;
+    add.u32 tile, tile, {s.programs};
+    bra COPY_SHEXP;
+SHEXP_COPIES:"""
+    )
+
+
+def _routed_weights(s: Shape) -> str:
+    """Have those of gate and up copied once rows have chosen, then those of down."""
+    text = f"""
+COPY:
+    bar.sync 1, {SERVICE * LANES};"""
+    text += first_task(s)
+    text += f"""
 COPY_GATED:
     setp.ge.u32 p, pair, {s.pairs};
-    @p bra COPY_BLOCK;
-    mov.u32 expert, chosen0;"""
+    @p bra COPY_BLOCK;"""
+    text += _ids(s, ["expert"])
     text += slots.wait_for("GATED_ROOM", s.settled, "number", 2)
     text += slots.copy_gated(s) + next_task(s)
-    text += (
-        _ids(s, 1)
-        + f"""
+    text += f"""
     add.u32 number, number, 1;
     bra COPY_GATED;
 COPY_BLOCK:
     setp.ge.u32 p, block, {s.blocks};
     @p bra END;"""
-    )
     text += slots.wait_for("SHEXP_ROOM", s.settled, "number", 2) + slots.copy_shexp(s)
     text += """
     add.u32 number, number, 1;
     mov.u32 pair, 0;
 COPY_EXPERTS:"""
-    text += _ids(s, s.at_once)
+    text += _ids(s, [f"chosen{i}" for i in range(s.at_once)])
     text += slots.wait_for("EXPERTS_ROOM", s.settled, "number", 2)
     return (
         text
@@ -93,22 +142,22 @@ def _next_experts(s: Shape, count: str, experts: str, block: str) -> str:
     bra {block};"""
 
 
-def _ids(s: Shape, count: int) -> str:
-    """Read which experts `pair` and those after it are, or the last pairs."""
-    text = f"""
-    min.u32 a, pair, {s.pairs - count};
-    mov.b64 base, %ids;
-    mad.wide.u32 address, a, 4, base;"""
-    for i in range(count):
-        text += f"\n    ld.global.nc.b32 chosen{i}, [address+{4 * i}];"
+def _ids(s: Shape, experts: Sequence[str]) -> str:
+    """Read which experts `pair` and those after it are."""
+    text = "\n    mad.lo.u32 a, pair, 4, shared;"
+    for i, expert in enumerate(experts):
+        text += f"\n    ld.shared.b32 {expert}, [a+{s.chosen + 4 * i}];"
     return text
 
 
 def _write(s: Shape) -> str:
     """Write what tasks of gate and up found, and count them."""
     return (
-        f"""
-WRITE:
+        "\nWRITE:"
+        + write_gated(s)
+        + first_task(s)
+        + f"""
+WRITE_GROUP:
     setp.ge.u32 p, pair, {s.pairs};
     @p bra END;"""
         + slots.wait_for("FOUND", s.settled, "number")
@@ -116,17 +165,26 @@ WRITE:
         + next_task(s)
         + """
     add.u32 number, number, 1;
-    bra WRITE;"""
+    bra WRITE_GROUP;"""
     )
 
 
 def _hidden(s: Shape) -> str:
-    """Have hidden values copied, once all of a task's have been written.
+    """Have the routed experts' hidden values copied, once all of a task's are written.
+
+    Those of the shared expert are read as they are, once they are in fixed point.
 
     The copy engine is no thread, and has to be told that there is something new.
     """
     return (
         f"""
+HIDDEN_VALUES:
+    setp.ge.u32 p, block, {s.blocks};
+    @p bra END;
+    mov.b64 base, %counters;"""
+        + s.fixed.wait("SHEXP_FIXED", f"[base+{4 * (1 + s.tiles)}]")
+        + f"""
+    @first mbarrier.arrive.shared::cta.b64 _, [shared+{s.shexp_fixed}];
     mov.u32 stage, 0;
 HIDDEN_BLOCK:
     setp.ge.u32 p, block, {s.blocks};
@@ -134,9 +192,9 @@ HIDDEN_BLOCK:
     mov.u32 pair, 0;
 HIDDEN:
     div.u32 a, pair, {s.at_once};
-    mov.b64 base, %finished;
+    mov.b64 base, %counters;
     mad.wide.u32 address, a, 4, base;"""
-        + s.counter.wait("FINISHED", "[address]")
+        + s.finished.wait("FINISHED", f"[address+{4 * s.first_finished}]")
         + """
     fence.proxy.async;"""
         + slots.wait_for("HIDDEN_ROOM", s.used, "stage", 2)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jax.experimental import pallas as pl
+
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
 from ds4jax.pallas.ptx import LANES
 from ds4jax.pallas.ptx_fixed_point import Counter
 
 OPERANDS = (
-    "ids", "share", "words", "scale", "table", "gate_grid", "gate_signs", "gate_d",
-    "up_grid", "up_signs", "up_d", "quants", "scales", "d", "dmin", "shexp_words",
-    "shexp_scale", "shexp_quants", "shexp_d", "finished", "hidden_words",
-    "hidden_scale", "hidden_sums", "to_shexp", "to_routed", "shared",
+    "x", "words", "by_word", "scale", "router", "bias_or_ids", "table", "gate_grid",
+    "gate_signs", "gate_d", "up_grid", "up_signs", "up_d", "quants", "scales", "d",
+    "dmin", "shexp_gate_quants", "shexp_gate_d", "shexp_up_quants", "shexp_up_d",
+    "shexp_quants", "shexp_d", "counters", "keys", "probabilities", "shexp_hidden",
+    "shexp_words", "shexp_scale", "hidden_words", "hidden_scale", "hidden_sums",
+    "ids", "to_shexp", "to_routed", "shared",
 )  # fmt: skip
 """Addresses that a program is given: `%name` in the text, `$i` in the end.
 
@@ -22,8 +26,13 @@ OPERANDS = (
 WARPS = 8
 """Of a program, that multiply: a thread for each entry of the table."""
 
-THREADS = (WARPS + 4) * LANES
-"""Of a program: warps come by four, and three others serve those that multiply."""
+SERVICE = 4
+"""Warps that serve those: the first has weights copied, the others choose experts."""
+
+CHOOSERS = SERVICE - 1
+
+THREADS = (WARPS + SERVICE) * LANES
+"""Of a program."""
 
 BLOCK = 8
 """Groups that share a `d`."""
@@ -50,6 +59,26 @@ ORDER = Order(levels=4)
 """Of the routed experts' hidden values, as Q2_K is read."""
 
 
+LOGITS = 2
+"""Of experts, that a program computes together."""
+
+
+class Routing(NamedTuple):
+    """How rows choose experts.
+
+    Attributes:
+      experts: to choose from.
+      hashed: whether the choice is known, so that only the shares are not.
+      scale: of the shares.
+      smallest: the least total that they are divided by.
+    """
+
+    experts: int
+    hashed: bool
+    scale: float
+    smallest: float
+
+
 class Shape(NamedTuple):
     """What a program is made for.
 
@@ -57,6 +86,7 @@ class Shape(NamedTuple):
       rows: to compute.
       copied_rows: whose results are copies of the last one's.
       each: experts of a row.
+      routing: how it chooses them.
       groups: of a row, of the activations and of gate and up.
       out: rows of a weight of down.
       dtype: of operands.
@@ -67,6 +97,7 @@ class Shape(NamedTuple):
     rows: int
     copied_rows: int
     each: int
+    routing: Routing
     groups: int
     out: int
     dtype: str
@@ -89,9 +120,34 @@ class Shape(NamedTuple):
         return self.pairs // self.at_once
 
     @property
-    def counter(self) -> Counter:
-        """Return what such a part has: one for hidden values of its experts."""
+    def routed(self) -> Counter:
+        """Return what counts experts' probabilities: the first one."""
+        return Counter(self.routing.experts // LOGITS, self.programs * self.rows)
+
+    @property
+    def made(self) -> Counter:
+        """Return what counts tasks of a group of the shared expert's hidden values."""
+        return Counter(GROUP // WARPS, 1)
+
+    @property
+    def fixed(self) -> Counter:
+        """Return what counts groups of those that are in fixed point."""
+        return Counter(self.tiles, min(self.blocks, self.programs))
+
+    @property
+    def finished(self) -> Counter:
+        """Return what counts tasks of the hidden values that a part needs."""
         return Counter(self.at_once * self.tiles, self.blocks)
+
+    @property
+    def counters(self) -> int:
+        """Return how many counters there are, in the order of those."""
+        return self.first_finished + self.parts
+
+    @property
+    def first_finished(self) -> int:
+        """Return the number of the first part's; of `made` the first has number 1."""
+        return 2 + self.tiles
 
     @property
     def steps(self) -> int:
@@ -119,6 +175,21 @@ class Shape(NamedTuple):
     def gated(self) -> int:
         """Return the bytes of half a task: its planes, each of gate before up's."""
         return 2 * sum(size for _, size in self.gated_planes)
+
+    @property
+    def shexp_gated_planes(self) -> tuple[tuple[str, int], ...]:
+        """Return the planes of a task's gate of the shared expert, or up."""
+        return ("quants", WARPS * self.groups * GROUP), ("d", WARPS * self.groups * 2)
+
+    @property
+    def shexp_gated(self) -> int:
+        """Return the bytes of those of gate, before which up's are not."""
+        return sum(size for _, size in self.shexp_gated_planes)
+
+    @property
+    def shexp_tasks(self) -> int:
+        """Return how many such tasks there are, of a row of each for each warp."""
+        return HIDDEN // WARPS
 
     @property
     def shexp_planes(self) -> tuple[tuple[str, int], ...]:
@@ -151,7 +222,8 @@ class Shape(NamedTuple):
     @property
     def slot(self) -> int:
         """Return the bytes of a task's weights at most."""
-        return max(2 * self.gated, self.shexp, self.at_once * self.expert)
+        gated = 2 * max(self.gated, self.shexp_gated)
+        return max(gated, self.shexp, self.at_once * self.expert)
 
     @property
     def hidden(self) -> tuple[tuple[str, int], ...]:
@@ -179,9 +251,39 @@ class Shape(NamedTuple):
         return self.staged + 2 * self.stage
 
     @property
+    def exchanged(self) -> int:
+        """Return the bytes of a task's values."""
+        return 4 * max(GROUP, self.rows * WARPS)
+
+    @property
+    def logits(self) -> int:
+        """Return where warps' parts of the router's logits are."""
+        return self.values + 2 * self.exchanged
+
+    @property
+    def logits_each(self) -> int:
+        """Return the bytes of those of experts that are computed together."""
+        return self.rows * LOGITS * WARPS * 4
+
+    @property
+    def pieces(self) -> int:
+        """Return how many times LOGITS experts a program has at most."""
+        return pl.cdiv(self.routing.experts // LOGITS, self.programs)
+
+    @property
+    def chosen(self) -> int:
+        """Return where the experts of all rows are."""
+        return self.logits + self.pieces * self.logits_each
+
+    @property
+    def shares(self) -> int:
+        """Return where their shares are."""
+        return self.chosen + 4 * self.pairs
+
+    @property
     def copied(self) -> int:
         """Return where the barriers are of tasks whose weights are there: by halves."""
-        return self.values + 2 * GROUP * 4
+        return self.shares + 4 * self.pairs
 
     @property
     def settled(self) -> int:
@@ -204,14 +306,31 @@ class Shape(NamedTuple):
         return self.arrived + 16
 
     @property
+    def shexp_fixed(self) -> int:
+        """Return where that is of the shared expert's hidden values."""
+        return self.used + 16
+
+    @property
+    def weighed(self) -> int:
+        """Return where that is of the shares."""
+        return self.shexp_fixed + 8
+
+    @property
+    def added(self) -> int:
+        """Return where those are of parts of logits."""
+        return self.weighed + 8
+
+    @property
     def barriers(self) -> list[tuple[int, int]]:
         """Return where barriers are, and how many warps or copies each waits for."""
         by_one = self.copied, self.copied + 16, self.read, self.arrived
         by_all = self.settled, self.used
         barriers = [(at, 1) for at in by_one] + [(at, WARPS) for at in by_all]
-        return [(at + 8 * i, count) for at, count in barriers for i in range(2)]
+        pairs = [(at + 8 * i, count) for at, count in barriers for i in range(2)]
+        added = [(self.added + 8 * i, WARPS) for i in range(self.pieces)]
+        return [*pairs, (self.shexp_fixed, 1), (self.weighed, CHOOSERS), *added]
 
     @property
     def shared(self) -> int:
         """Return the bytes of shared memory."""
-        return self.used + 16
+        return self.added + 8 * self.pieces

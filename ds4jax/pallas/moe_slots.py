@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.moe_shape import HALF, HIDDEN, TABLE, Shape
+from ds4jax.pallas.moe_shape import HALF, HIDDEN, TABLE, WARPS, Shape
 from ds4jax.pallas.ptx import arrive, copy, wait
 
 
@@ -61,8 +61,21 @@ def copy_gated(s: Shape) -> str:
     return f"""
     mul.lo.u32 c, tile, {GROUP};
     mad.lo.u32 c, expert, {HIDDEN}, c;""" + _halves(
-        s, pieces, f"\n    add.u32 c, c, {HALF};", pieces
+        s, "GATED", pieces, f"\n    add.u32 c, c, {HALF};", pieces
     )
+
+
+def copy_shexp_gated(s: Shape) -> str:
+    """Copy task `tile` of the shared expert's gate and up."""
+    gate, up = (
+        [
+            (f"shexp_{weight}_{name}", "c", size // WARPS, size)
+            for name, size in s.shexp_gated_planes
+        ]
+        for weight in ("gate", "up")
+    )
+    return f"""
+    mul.lo.u32 c, tile, {WARPS};""" + _halves(s, "SHEXP_GATED", gate, "", up)
 
 
 def copy_shexp(s: Shape) -> str:
@@ -71,7 +84,7 @@ def copy_shexp(s: Shape) -> str:
         (f"shexp_{name}", "c", size // GROUP, size) for name, size in s.shexp_planes
     )
     return f"""
-    mul.lo.u32 c, block, {GROUP};""" + _halves(s, [quants], "", [d])
+    mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [quants], "", [d])
 
 
 def copy_experts(s: Shape) -> str:
@@ -86,7 +99,7 @@ def copy_experts(s: Shape) -> str:
         for name, size in s.down_planes
     ]
     half = len(pieces) // 2
-    return text + _halves(s, pieces[:half], "", pieces[half:])
+    return text + _halves(s, "EXPERTS", pieces[:half], "", pieces[half:])
 
 
 def copy_hidden(s: Shape) -> str:
@@ -97,15 +110,23 @@ def copy_hidden(s: Shape) -> str:
 
 def _halves(
     s: Shape,
+    label: str,
     first: Sequence[tuple[str, str, int, int]],
     between: str,
     second: Sequence[tuple[str, str, int, int]],
 ) -> str:
-    """Copy the weights of task `number`, one half after the other."""
+    """Copy the weights of task `number`, one half after the other.
+
+    Only one half is on its way: whatever else a multiprocessor asks memory for is
+    queued behind it.
+    """
     return (
-        _next("number", s.copied, s.slot, TABLE)
+        "\n    sub.u32 before, number, 1;"
+        + wait_for(f"{label}_BEFORE", s.copied + 16, "before")
+        + _next("number", s.copied, s.slot, TABLE)
         + copy("to", first)
         + between
+        + wait_for(f"{label}_HALF_BEFORE", s.copied, "number")
         + "\n    add.u32 bar, bar, 16;"
         + copy("to", second)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,22 @@ def fix(dtype: str) -> str:
     shfl.sync.bfly.b32 neighbour, {word}, 2, 31, 0xffffffff;
     or.b32 {word}, {word}, neighbour;"""
     return text
+
+
+def dot(kind: str, words: Sequence[str], starts: Sequence[int]) -> str:
+    """Multiply words by those of each limb; the first two become one number, `m0`.
+
+    Args:
+      kind: of the words' bytes.
+      words: registers.
+      starts: for each limb the number of the first of as many registers `x`.
+    """
+    text = ""
+    for limb, start in enumerate(starts):
+        text += f"\n    mov.b32 m{limb}, 0;"
+        for i, word in enumerate(words, start):
+            text += f"\n    dp4a.{kind}.s32 m{limb}, {word}, x{i}, m{limb};"
+    return text + "\n    mad.lo.s32 m0, m0, 256, m1;"
 
 
 def to_float(limbs: int) -> str:

@@ -6,12 +6,33 @@ XLA sorts all the experts for the best few, which takes four launches.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from ds4jax.pallas.passes import Weight
+
+
+class Router(NamedTuple):
+    """How rows choose experts.
+
+    Attributes:
+      weight: [E, D].
+      bias: [E], which takes part in the choice only; None if a table makes it.
+      used: experts a row.
+      scale: of their shares.
+      smallest: the least total that these are divided by.
+    """
+
+    weight: Weight
+    bias: Float[Array, "E"] | None
+    used: int
+    scale: float
+    smallest: float
 
 
 def serves(experts: int) -> bool:
