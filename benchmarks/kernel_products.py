@@ -234,7 +234,7 @@ def moe() -> Case:
         return dense(own, shared.down), found, ids
 
     def nbytes(width, x, router, routed, shared):
-        ids, _ = route(x, router)
+        ids, _ = route(jnp.asarray(x), jnp.asarray(router))
         of_all = x.nbytes // DECODE_ROWS * width + router.nbytes
         return of_all + sum(w.nbytes for w in shared) + read(routed, width, ids)
 
