@@ -39,7 +39,7 @@ def einsum(spec: str, x: Array, w: Array, dtype: str) -> Array:
 
     The gradient's products have operands of `dtype` too.
     """
-    return _einsum(spec, x, w, dtype)
+    return _once(spec, x, w, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -67,6 +67,7 @@ def _einsum_backward(spec, dtype, operands, cotangent):
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
+_once = jax.jit(_einsum, static_argnums=(0, 3), inline=True)
 
 
 def quant_matmul(

@@ -54,6 +54,14 @@ def matvecs(
       tile: rows and columns that a program takes at a time, and its warps; by the
         weights' shapes if not given.
     """
+    return _once(
+        x, tuple(weights), width or len(x), dtype or str(x.dtype), interpret, tile
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _once(x, weights, width, dtype, interpret, tile):
+    """Do what `matvecs` does; what a model asks for often is traced but once."""
     outs, k = [len(w) for w in weights], x.shape[1]
     bn, bk, warps = tile or _tile(outs, k)
     return pl.pallas_call(
@@ -61,15 +69,15 @@ def matvecs(
             _kernel,
             bn=bn,
             bk=bk,
-            width=width or len(x),
-            dtype=dtype or x.dtype,
+            width=width,
+            dtype=dtype,
             interpret=interpret,
         ),
         grid=(sum(n // bn for n in outs),),
         out_shape=tuple(jax.ShapeDtypeStruct((len(x), n), jnp.float32) for n in outs),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name=f"plain_{width or len(x)}x{'_'.join(map(str, outs))}x{k}",
+        name=f"plain_{width}x{'_'.join(map(str, outs))}x{k}",
     )(x, *weights)
 
 
