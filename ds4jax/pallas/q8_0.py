@@ -103,9 +103,11 @@ def matvecs(
       weights: [Out, In], each with an Out of its own.
       width, interpret, tile: as of `matvec`; `tile` by the shapes of all.
     """
-    return _matvecs(x, weights, 1, width, interpret, tile)
+    return _matvecs(x, tuple(weights), 1, width, interpret, tile)
 
 
+# Traced once for all weights of the same shapes.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
 def _matvecs(x, weights, groups, width, interpret, tile, dtype=None):
     outs = [len(w.planes["d"]) for w in weights]
     scales = x.scale.shape[1]
