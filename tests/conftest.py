@@ -1,9 +1,12 @@
 """What every test gets: the CPU, how and where programs are compiled, the markers."""
 
+import ctypes
 import gc
 import importlib.metadata
 import inspect
+import math
 import os
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -24,6 +27,8 @@ QUICK = [
 if importlib.metadata.version("jaxlib") < "0.11":
     # A newer one does not know the flag, nor needs it.
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
+ENOUGH = 2 * 2**30
+"""Bytes of a process that keeps programs: two of them fit into any machine."""
 
 # Tracing makes so many objects that looking for garbage takes a tenth of its time.
 gc.set_threshold(50_000)
@@ -63,12 +68,39 @@ def pytest_configure(config: pytest.Config):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Let go of the programs of a file when it is done, or they fill the memory."""
+def _forget_programs(request: pytest.FixtureRequest):
+    """Let go of all programs when a file is done and they fill the memory.
+
+    Files that follow each other share them otherwise, but for those that patch: what
+    was traced before would not be patched, nor what is traced then be right later.
+    """
+    patches = any(
+        item.path == request.path and "monkeypatch" in getattr(item, "fixturenames", ())
+        for item in request.session.items
+    )
+    if patches:
+        _clear()
+    yield
+    if patches or _resident() > ENOUGH:
+        _clear()
+
+
+def _clear():
+    """Forget what is traced and compiled, and give the memory back."""
     import jax
 
-    yield
     jax.clear_caches()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _resident() -> float:
+    """Return the bytes of memory of this process, infinite where nothing says."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return math.inf
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 Numbers in docstrings are those of SPECULATION §7.
 """
 
-import functools
-
 import decoding
 import jax
 import jax.numpy as jnp
@@ -13,11 +11,9 @@ import numpy as np
 import pytest
 from decoding import assert_same_as_plain, counters, misses, patterns, run, script
 
-from ds4jax.decode import carry as carries
-from ds4jax.decode import cycles, driver, transitions
-from ds4jax.decode.modes import GREEDY, Decoding, Mode
+from ds4jax.decode import driver, transitions
+from ds4jax.decode.modes import GREEDY, Mode
 from ds4jax.decode.precedence import Ds4Flags, resolve
-from ds4jax.model.mtp import MTPHead
 
 optimised = pytest.mark.optimised
 PROMPTS = (37, 5, 70)
@@ -163,32 +159,3 @@ def test_the_second_row_is_the_next_pass_first(model, starts):
             same(both.logits[:, 1:], alone.logits)
             same(both.streams[:, 1:], alone.streams)
             models.assert_same_state(both.cache, alone.cache, model.config)
-
-
-def trace(model, how: Decoding, mtp: bool):
-    """Trace the program of a way of decoding, without compiling it."""
-    carry = carries.create(model.config, 32, mtp=mtp)
-    step = functools.partial(cycles.cycles, decoding=how)
-    jax.eval_shape(step, model, carry, jnp.int32(-1), jnp.int32(9))
-
-
-def test_plain_decoding_drafts_nothing(model, monkeypatch):
-    """Property 20: without drafts there is none in the program, nor a head.
-
-    Continuous decoding, which must be caught, shows that the test sees them.
-    """
-
-    def called(*_):
-        raise AssertionError("called")
-
-    continuous = Decoding(mode=CONTINUOUS)
-    one = resolve(Ds4Flags(mtp=True), {"DS4_MTP_CONTINUOUS": "0"})
-    assert one.mode == GREEDY.mode
-    for target, attribute, has_state in (
-        (cycles, "draft", True), (MTPHead, "__call__", False),
-    ):  # fmt: skip
-        with monkeypatch.context() as patched:
-            patched.setattr(target, attribute, called)
-            trace(model, GREEDY, has_state)
-            with pytest.raises(AssertionError, match="called"):
-                trace(model, continuous, True)

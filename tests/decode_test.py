@@ -1,13 +1,17 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ds4jax.decode import carry as carries
 from ds4jax.decode import cycles, driver
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding, Mode
+from ds4jax.decode.precedence import Ds4Flags, resolve
 from ds4jax.errors import ConfigError, TokenError
+from ds4jax.model.mtp import MTPHead
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +86,34 @@ def test_right_drafts_halve_the_passes(model, prompt, plain, monkeypatch):
     assert driver.committed(carry) == driver.committed(plain)
     counts = carry.statistics.of()
     assert counts["passes"] == counts["accepted"] == 30
+
+
+def trace(model, how: Decoding, mtp: bool):
+    """Trace the program of a way of decoding, without compiling it."""
+    carry = carries.create(model.config, 32, mtp=mtp)
+    step = functools.partial(cycles.cycles, decoding=how)
+    jax.eval_shape(step, model, carry, jnp.int32(-1), jnp.int32(9))
+
+
+def test_plain_decoding_drafts_nothing(model, monkeypatch):
+    """Property 20 of SPECULATION §7: no draft in the program then, nor a head.
+
+    Continuous decoding, which must be caught, shows that the test sees them.
+    """
+
+    def called(*_):
+        raise AssertionError("called")
+
+    one = resolve(Ds4Flags(mtp=True), {"DS4_MTP_CONTINUOUS": "0"})
+    assert one.mode == GREEDY.mode
+    for target, attribute, has_state in (
+        (cycles, "draft", True), (MTPHead, "__call__", False),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(target, attribute, called)
+            trace(model, GREEDY, has_state)
+            with pytest.raises(AssertionError, match="called"):
+                trace(model, CONTINUOUS, True)
 
 
 def test_mistakes_are_told(model):
