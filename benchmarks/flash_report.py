@@ -4,7 +4,7 @@
         --out=benchmarks/results/flash/passes.csv
     ds4jax bench --synth=flash --plan=ds4-q2 --dtype=bfloat16 --noprefill \\
         --ctx_start=2048 --ctx_max=65536 --step_mul=8 --ctx_alloc=66048 \\
-        --gen_tokens=256 --replay=0,0.25,0.5,0.7,0.9,1 \\
+        --gen_tokens=192 --replay=0,0.25,0.5,0.7,0.9,1 \\
         --replay_modes=continuous,chained --csv=benchmarks/results/flash/replay.csv
 """
 

@@ -1,12 +1,15 @@
-"""A mixture of experts in one launch, in PTX: IQ2_XXS, Q2_K and, shared, Q8_0.
+"""A mixture of experts in one launch, in PTX: IQ2_XXS and Q2_K, and Q8_0 of all rows.
 
 `experts` by Triton waits for weights in registers, and looks codes up through the L1
 cache.  Here the copy engine brings weights into shared memory, a task ahead, every lane
-has a table of codes for itself, and programs wait for each other, not for a launch, and
-have weights of down in place by then: none of that can be said to Triton.
+has a table of codes for itself, and programs wait for each other, not for a launch: the
+shared expert's gate and up are multiplied while the router's logits go round, and
+weights of down are in place when hidden values are.  None of that can be said to
+Triton.
 
-On an H200 six experts of 2048 x 4096 and the shared one's down take one row 20.9 us and
-two rows 34, where Triton's launches take 38 and 56 one after the other.  Half of it are
+On an H200 the router, six experts of 2048 x 4096 and the shared one take one row 25.7
+us, two rows 39.3.  In a pass it is 27, where it was 32 by launches for the router, the
+choice, the shared expert's gate and up, and then all else in PTX.  Half of it are
 products by `dp4a`, if that takes four cycles a warp (benchmarks/NOTES.md).
 
 No two of these launches may run side by side: each has all its programs wait for each
