@@ -172,11 +172,7 @@ class Machine:
     """
 
     def __init__(
-        self,
-        text: str,
-        operands: Sequence[np.ndarray],
-        shared: int,
-        warps: int,
+        self, text: str, operands: Sequence[np.ndarray], shared: int, warps: int
     ):
         """Read a program.
 
@@ -361,8 +357,7 @@ class Program:
         self.at_barrier[number] += LANES
         if self.at_barrier[number] == threads:
             self.at_barrier[number] = 0
-            left = {w: where for w, where in self.waiting.items() if where != number}
-            self.waiting = left
+            self.waiting = {w: n for w, n in self.waiting.items() if n != number}
         elif waits:
             self.waiting[warp] = number
         return not waits

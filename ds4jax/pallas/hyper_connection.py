@@ -27,6 +27,7 @@ _PARTS = 128
 """Into how many the sums over all streams are cut, whatever the number of rows."""
 
 _MIXED_WARPS = 4
+"""Of the programs that compute a row's input or its weights: 8 take 5.6 us for 4.7."""
 
 _ROWS = 32
 """Rows of a long pass whose matrices a program takes, one for each thread."""

@@ -1,7 +1,9 @@
 """Warps of `moe_ptx`'s programs that do not multiply, in PTX: what they do, and when.
 
-One has weights copied, one writes hidden values, one has them copied for down.  What
-multiplies is then never held up by memory, nor by other programs.
+One has weights copied.  The others choose experts; then one writes hidden values, one
+has them copied for down, and one puts those of the shared expert into fixed point.
+What multiplies is then never held up by memory, nor, but where values are exchanged, by
+other programs.
 """
 
 from __future__ import annotations

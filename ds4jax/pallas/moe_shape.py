@@ -183,7 +183,7 @@ class Shape(NamedTuple):
 
     @property
     def shexp_gated(self) -> int:
-        """Return the bytes of those of gate, before which up's are not."""
+        """Return the bytes of a task's gate, after which up comes."""
         return sum(size for _, size in self.shexp_gated_planes)
 
     @property
