@@ -10,7 +10,7 @@ from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.iq2_arithmetic import activate
 from ds4jax.pallas.moe_shape import HIDDEN, WARPS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, divide, registers
+from ds4jax.pallas.ptx import LANES, add_up, divide, number, registers
 from ds4jax.pallas.ptx_fixed_point import dot, fix, to_float
 
 
@@ -100,6 +100,7 @@ def _multiply(s: Shape) -> str:
     add.u32 at, at, turn;
     add.u32 at_words, at_words, turn;
     add.u32 at_d, at_d, turn;
+    mov.f32 sum0, {number(0.0)};
 SHEXP_UP_GATE:
     mov.f32 sum1, sum0;"""
     for step in range(s.steps):
