@@ -160,9 +160,10 @@ def test_programs_compute_what_experts_give(dtype, width, each, rows, programs, 
 def test_whatever_the_number_of_rows_and_programs():
     """The same bits, by as many as a GPU has, and by two, of which one has two blocks.
 
-    Of many, who waits for none of the others is early.  Seen red without each of the
-    waits of the router and the shared expert, with ties going to the last expert, no
-    bias, up for gate, and a counter that wraps too late.
+    Of many, who waits for none of the others is early.  Seen red without the waits for
+    logits, for all of them, for experts, for the shared expert's values, their group
+    and all of them; with ties going to the last expert, no bias, up for gate, and a
+    counter that wraps too late.
     """
     whole = run("bfloat16", 2048, 1, 2, 2)
     for name in ("ids", "to_shexp", "to_routed"):
