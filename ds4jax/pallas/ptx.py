@@ -46,7 +46,8 @@ def launch(
       name: of the kernel.
       text: of a program, `$i` for the address of operand i: first those given, then
         those written, then shared memory.
-      operands: that it reads.
+      operands: that it reads.  Counters among them, by which programs wait for each
+        other, are changed meanwhile, so nothing that reads them may run beside it.
       out_type: what it writes.
       shared: bytes of shared memory.
       programs: that run side by side.
