@@ -11,7 +11,7 @@ from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
 from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
-from ds4jax.pallas.ptx_fixed_point import fix
+from ds4jax.pallas.ptx_fixed_point import fix, store_words
 
 
 def read(s: Shape, row: int) -> str:
@@ -120,9 +120,7 @@ def finish(s: Shape) -> str:
     add.u32 a, a, lane;
     mov.b64 base, %hidden_words;
     mad.wide.u32 address, a, 1, base;"""
-    for limb in range(s.limbs):
-        place = limb * s.tiles * GROUP
-        text += f"\n    @fourth st.global.b32 [address+{place}], word{limb};"
+    text += store_words(s.limbs, "address", s.tiles * GROUP)
     text += f"""
     mad.lo.u32 to, pair, {s.tiles}, to;
     mov.b64 base, %hidden_scale;
@@ -140,4 +138,4 @@ def finish(s: Shape) -> str:
     div.u32 a, pair, {s.at_once};
     mov.b64 base, %counters;
     mad.wide.u32 address, a, 4, base;"""
-    return text + s.finished.count(f"[address+{4 * s.first_finished}]")
+    return text + s.finished.count(f"[address+{s.at_finished}]")

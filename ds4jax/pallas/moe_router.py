@@ -16,6 +16,7 @@ from ds4jax.pallas.ptx import (
     add_lanes,
     add_up,
     arrive,
+    divide,
     number,
     registers,
     store_row,
@@ -94,9 +95,8 @@ LOGITS_OF_ROW:"""
             text += f"""
     cvt.f32.f16 f, weight{expert * columns + column};
     fma.rn.f32 sum{expert}, f, x_of{column}, sum{expert};"""
-    text += add_up(LOGITS)
+    text += add_up(LOGITS) + divide("a", "lane", LANES // LOGITS)
     text += f"""
-    shr.u32 a, lane, {(LANES // LOGITS).bit_length() - 1};
     mad.lo.u32 a, own_row, {LOGITS}, a;
     mad.lo.u32 a, a, {WARPS}, warp;
     mad.lo.u32 a, a, 4, shared;
@@ -152,8 +152,8 @@ PROBABILITIES:
         text += f"""
     ld.shared.f32 g, [a+{s.logits + 4 * warp}];
     add.f32 f, f, g;"""
+    text += divide("b", "own_row", LOGITS)
     text += f"""
-    shr.u32 b, own_row, {LOGITS.bit_length() - 1};
     mad.lo.u32 b, b, {experts}, chosen;
     setp.lt.u32 p, lane, {count};"""
     text += _probability()

@@ -84,20 +84,9 @@ def _shexp_weights(s: Shape) -> str:
     setp.ge.u32 p, tile, {s.routing.experts // LOGITS};
     @p bra COPY_SHEXP;"""
     text += wait("ROUTER_READ", f"shared+{s.added}", "0")
-    text += f"""
-COPY_SHEXP:
-    setp.ge.u32 p, tile, {s.shexp_tasks};
-    @p bra SHEXP_COPIES;"""
-    text += slots.wait_for("SHEXP_GATED_ROOM", s.settled, "number", 2)
-    text += slots.copy_shexp_gated(s)
-    return (
-        text
-        + f"""
-    add.u32 number, number, 1;
-    add.u32 tile, tile, {s.programs};
-    bra COPY_SHEXP;
-SHEXP_COPIES:"""
-    )
+    task = slots.wait_for("SHEXP_GATED_ROOM", s.settled, "number", 2)
+    task += slots.copy_shexp_gated(s)
+    return text + slots.each_shexp_task(s, "COPY_SHEXP", task)
 
 
 def _routed_weights(s: Shape) -> str:
@@ -184,7 +173,7 @@ HIDDEN_VALUES:
     setp.ge.u32 p, block, {s.blocks};
     @p bra END;
     mov.b64 base, %counters;"""
-        + s.fixed.wait("SHEXP_FIXED", f"[base+{4 * (1 + s.tiles)}]")
+        + s.fixed.wait("SHEXP_FIXED", f"[base+{s.at_fixed}]")
         + f"""
     @first mbarrier.arrive.shared::cta.b64 _, [shared+{s.shexp_fixed}];
     mov.u32 stage, 0;
@@ -196,7 +185,7 @@ HIDDEN:
     div.u32 a, pair, {s.at_once};
     mov.b64 base, %counters;
     mad.wide.u32 address, a, 4, base;"""
-        + s.finished.wait("FINISHED", f"[address+{4 * s.first_finished}]")
+        + s.finished.wait("FINISHED", f"[address+{s.at_finished}]")
         + """
     fence.proxy.async;"""
         + slots.wait_for("HIDDEN_ROOM", s.used, "stage", 2)

@@ -142,12 +142,22 @@ class Shape(NamedTuple):
     @property
     def counters(self) -> int:
         """Return how many counters there are, in the order of those."""
-        return self.first_finished + self.parts
+        return self.at_finished // 4 + self.parts
 
     @property
-    def first_finished(self) -> int:
-        """Return the number of the first part's; of `made` the first has number 1."""
-        return 2 + self.tiles
+    def at_made(self) -> int:
+        """Return how many bytes after the first counter those of groups begin."""
+        return 4
+
+    @property
+    def at_fixed(self) -> int:
+        """Return how many bytes after it the counter of all groups is."""
+        return self.at_made + 4 * self.tiles
+
+    @property
+    def at_finished(self) -> int:
+        """Return how many bytes after it those of the parts begin."""
+        return self.at_fixed + 4
 
     @property
     def steps(self) -> int:

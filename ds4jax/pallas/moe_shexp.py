@@ -11,20 +11,17 @@ from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.iq2_arithmetic import activate
 from ds4jax.pallas.moe_shape import HIDDEN, WARPS, Shape
 from ds4jax.pallas.ptx import LANES, add_up, divide, number, registers
-from ds4jax.pallas.ptx_fixed_point import dot, fix, to_float
+from ds4jax.pallas.ptx_fixed_point import dot, fix, store_words, to_float
 
 
 def multiply_gated(s: Shape) -> str:
     """Multiply task after task for all rows, and exchange values by two buffers."""
-    return (
-        f"""
+    start = """
     mov.u32 tile, %ctaid.x;
     and.b32 own_half, lane, 4;
-    shl.b32 own_half, own_half, 2;
-SHEXP_TASK:
-    setp.ge.u32 p, tile, {s.shexp_tasks};
-    @p bra SHEXP_MADE;
-    mov.u32 own_row, 0;"""
+    shl.b32 own_half, own_half, 2;"""
+    task = (
+        "\n    mov.u32 own_row, 0;"
         + _read_row(s)
         + slots.wait_for_weights(s, "SHEXP_GATED")
         + slots.wait_for("SHEXP_VALUES_READ", s.read, "number", 2)
@@ -44,12 +41,8 @@ SHEXP_TASK:
     bra SHEXP_ROW;
 SHEXP_TOLD:"""
         + slots.tell(s.settled, "number")
-        + f"""
-    add.u32 number, number, 1;
-    add.u32 tile, tile, {s.programs};
-    bra SHEXP_TASK;
-SHEXP_MADE:"""
     )
+    return start + slots.each_shexp_task(s, "SHEXP_TASK", task)
 
 
 def _read_row(s: Shape) -> str:
@@ -130,13 +123,8 @@ SHEXP_UP_GATE:
 
 def write_gated(s: Shape) -> str:
     """Write the values of tasks, and count them for their group."""
-    return (
-        f"""
-    mov.u32 tile, %ctaid.x;
-WRITE_SHEXP:
-    setp.ge.u32 p, tile, {s.shexp_tasks};
-    @p bra SHEXP_WRITTEN;"""
-        + slots.wait_for("SHEXP_FOUND", s.settled, "number")
+    task = (
+        slots.wait_for("SHEXP_FOUND", s.settled, "number")
         + f"""
     and.b32 a, number, 1;
     mad.lo.u32 a, a, {s.exchanged}, shared;
@@ -157,13 +145,10 @@ WRITE_SHEXP:
         + """
     mov.b64 base, %counters;
     mad.wide.u32 address, a, 4, base;"""
-        + s.made.count("[address+4]")
-        + f"""
-    add.u32 number, number, 1;
-    add.u32 tile, tile, {s.programs};
-    bra WRITE_SHEXP;
-SHEXP_WRITTEN:"""
+        + s.made.count(f"[address+{s.at_made}]")
     )
+    start = "\n    mov.u32 tile, %ctaid.x;"
+    return start + slots.each_shexp_task(s, "WRITE_SHEXP", task)
 
 
 def fix_hidden(s: Shape) -> str:
@@ -176,7 +161,7 @@ FIX_SHEXP:
     @p bra END;
     mov.b64 base, %counters;
     mad.wide.u32 address, tile, 4, base;"""
-        + s.made.wait("SHEXP_GROUP", "[address+4]")
+        + s.made.wait("SHEXP_GROUP", f"[address+{s.at_made}]")
         + f"""
     mov.u32 own_row, 0;
 FIX_ROW:
@@ -195,16 +180,13 @@ FIX_ROW:
     mad.lo.u32 a, a, {GROUP}, lane;
     mov.b64 base, %shexp_words;
     mad.wide.u32 address, a, 1, base;"""
-        + "".join(
-            f"\n    @fourth st.global.b32 [address+{limb * HIDDEN}], word{limb};"
-            for limb in range(s.limbs)
-        )
+        + store_words(s.limbs, "address", HIDDEN)
         + f"""
     add.u32 own_row, own_row, 1;
     setp.lt.u32 p, own_row, {s.rows};
     @p bra FIX_ROW;
     mov.b64 base, %counters;"""
-        + s.fixed.count(f"[base+{4 * (1 + s.tiles)}]")
+        + s.fixed.count(f"[base+{s.at_fixed}]")
         + f"""
     add.u32 tile, tile, {s.programs};
     bra FIX_SHEXP;"""

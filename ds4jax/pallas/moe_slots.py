@@ -51,6 +51,21 @@ def wait_for_weights(s: Shape, label: str) -> str:
     return "".join(wait_for_half(s, f"{label}_{half}", half) for half in range(2))
 
 
+def each_shexp_task(s: Shape, label: str, body: str) -> str:
+    """Do something for a program's tasks of the shared expert's gate and up.
+
+    From `tile` on, which is the first one's, and counted by `number`.
+    """
+    return f"""
+{label}:
+    setp.ge.u32 p, tile, {s.shexp_tasks};
+    @p bra {label}_ENDED;{body}
+    add.u32 number, number, 1;
+    add.u32 tile, tile, {s.programs};
+    bra {label};
+{label}_ENDED:"""
+
+
 def copy_gated(s: Shape) -> str:
     """Copy gate and up of `expert` for `tile`."""
     pieces = [

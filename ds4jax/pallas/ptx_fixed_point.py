@@ -65,6 +65,14 @@ def fix(dtype: str) -> str:
     return text
 
 
+def store_words(limbs: int, address: str, nbytes: int) -> str:
+    """Write the words that `fix` left, of each limb so many bytes further on."""
+    return "".join(
+        f"\n    @fourth st.global.b32 [{address}+{limb * nbytes}], word{limb};"
+        for limb in range(limbs)
+    )
+
+
 def dot(kind: str, words: Sequence[str], starts: Sequence[int]) -> str:
     """Multiply words by those of each limb; the first two become one number, `m0`.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import LANES, add_up, registers
-from ds4jax.pallas.ptx_fixed_point import fix, to_float
+from ds4jax.pallas.ptx_fixed_point import fix, store_words, to_float
 from ds4jax.pallas.two_maps_shape import PIECE, ROWS, THREADS, Map, Shape
 
 
@@ -147,6 +147,5 @@ def finish(s: Shape, counter: str) -> str:
     mov.b64 base, %middle_words;
     mad.wide.u32 far, a, {GROUP}, base;
     mad.wide.u32 far, lane, 1, far;"""
-    for limb in range(s.limbs):
-        text += f"\n    @fourth st.global.b32 [far+{limb * s.middle}], word{limb};"
+    text += store_words(s.limbs, "far", s.middle)
     return text + "\n    @first st.global.f32 [near], unit;" + s.counter.count(counter)
