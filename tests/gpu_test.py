@@ -19,11 +19,12 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
+from ds4jax.model.attention import Attention
 from ds4jax.model.moe import MoE
-from ds4jax.pallas import moe_ptx, two_maps
+from ds4jax.pallas import attn_maps, moe_ptx, two_maps
 from ds4jax.pallas.fixed_point import LIMBS, fix
 from ds4jax.pallas.matmul import two_maps_kernel
-from ds4jax.pallas.passes import DecodePass, within
+from ds4jax.pallas.passes import DecodePass, Weight, within
 from ds4jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -122,18 +123,50 @@ def test_the_cpu_agrees(packed):
     assert np.max(abs(found - expected)) <= NEAR * np.max(abs(expected))
 
 
+def of_layer(config: ModelConfig, layer: int) -> dict[str, Weight]:
+    """Return a layer's weights, by their names in it."""
+    types, prefix = QuantPlan.named("ds4-q2").types, f"blk.{layer}."
+    return {
+        name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
+        for name, s in schema.trunk(config).items()
+        if name.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("dtype", LIMBS)
+def test_maps_of_the_input_in_ptx_and_by_triton(dtype, layer, monkeypatch):
+    """The same but for the order of sums; in PTX, the same bits at every width."""
+    config = ModelConfig.flash(experts=8, dtype=dtype)
+    own, ratio = of_layer(config, layer), config.compress_ratios[layer]
+    x = jax.random.normal(jax.random.key(7), (1, 8, config.hidden))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(width, x, own):
+        with within(DecodePass(width, jnp.int32(width))):
+            found = Attention(config, ratio, own).project_input(x, fix(x[0], dtype))
+        return jax.tree.leaves(found)
+
+    if "attn_maps_8x" not in run.lower(8, x, own).as_text():
+        pytest.skip("this GPU has no such programs")
+    whole = run(8, x, own)
+    for width in (1, 2, 3, 4):
+        for found, expected in zip(run(width, x, own), whole, strict=True):
+            same(found[0, :width], expected[0, :width])
+            same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
+    monkeypatch.setattr(attn_maps, "programs", lambda *_: 0)
+    jax.clear_caches()
+    for found, expected in zip(whole, run(8, x, own), strict=True):
+        near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype] * np.max(abs(expected))
+        assert np.max(abs(found - expected)) <= near
+
+
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("dtype", LIMBS)
 def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     """The same but for the order of sums; in PTX, the same bits at every width."""
     config = ModelConfig.flash(experts=64, dtype=dtype)
-    spec, types = schema.trunk(config), QuantPlan.named("ds4-q2").types
-    prefix = f"blk.{0 if hashed else config.hash_layers}."
-    own = {
-        name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
-        for name, s in spec.items()
-        if name.startswith(prefix)
-    }
+    own = of_layer(config, 0 if hashed else config.hash_layers)
     x = jax.random.normal(jax.random.key(6), (1, 8, config.hidden))
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
 

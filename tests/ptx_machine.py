@@ -320,7 +320,11 @@ class Program:
         return low.astype(np.uint32) | high.astype(np.uint32) << 16
 
     def write(self, warp: int, to: str, value: np.ndarray, on: np.ndarray):
-        """Write a register, in some lanes, which then has to be there."""
+        """Write a register, or two, in some lanes, which then have to be there."""
+        if to[0] == "{":
+            for half, own in enumerate(to[1:-1].split(", ")):
+                self.write(warp, own, value >> 16 * half, on)
+            return
         file, value = self.files[warp], np.asarray(value, self.machine.types[to])
         whole = on is ALL or on.all()
         file[to] = value if whole else np.where(on, value, file[to])

@@ -24,7 +24,7 @@ from ds4jax.model.cache import (
     extend_tags,
 )
 from ds4jax.model.compressor import Compressor, finished
-from ds4jax.model.indexer import Indexer
+from ds4jax.model.indexer import Indexer, Projected
 from ds4jax.model.layers import (
     Linear,
     RMSNorm,
@@ -38,7 +38,7 @@ from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
-from ds4jax.pallas import long_attention
+from ds4jax.pallas import attn_maps, long_attention
 from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
@@ -158,8 +158,7 @@ class Attention(nnx.Module):
           rows exist than it may pick), else None.
         """
         c = self.config
-        q_lora, row = project(x, self.q_a, self.kv, fixed=fixed)
-        query = project_normed(q_lora, self.q_norm, self.q_b)
+        row, query, pooled, indexed = self.project_input(x, fixed)
         query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
         row = self._keep(rotate(self.kv_norm(row), rows.positions, self.table))
 
@@ -170,12 +169,13 @@ class Attention(nnx.Module):
 
         compressor, indexer, chosen = None, None, None
         if self.ratio:
-            compressed, compressor = self.compressor(
-                x, cache and cache.compressor, rows, self._keep
+            value, gate = pooled
+            compressed, compressor = self.compressor.take_in(
+                value, gate, cache and cache.compressor, rows, self._keep
             )
             if self.ratio == CSA_RATIO:
-                index, picked, indexer = self.indexer(
-                    x, self.q_norm(q_lora), cache and cache.indexer, rows
+                index, picked, indexer = self.indexer.pick(
+                    indexed, cache and cache.indexer, rows
                 )
                 chosen = jnp.where(picked, index, -1)
                 sources.append(_choose(compressed, index, picked, rows))
@@ -190,6 +190,48 @@ class Attention(nnx.Module):
             output = self._attend(query, sources, rows.positions)
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
+
+    def project_input(self, x, fixed):
+        """Return what all maps of the input make of it.
+
+        That is the row to keep and the queries, neither normed nor rotated yet, and of
+        layers that have them what the compressor and the indexer take in.
+        """
+
+        def separately(x):
+            q_lora, row = project(x, self.q_a, self.kv, fixed=fixed)
+            query = project_normed(q_lora, self.q_norm, self.q_b)
+            pooled = self.compressor.project(x) if self.ratio else None
+            if self.ratio != CSA_RATIO:
+                return row, query, pooled, None
+            return row, query, pooled, self.indexer.project(x, self.q_norm(q_lora))
+
+        maps, dtype = self._input_maps(), self.config.dtype
+        programs = attn_maps.programs(maps, dtype) if fixed else 0
+
+        def together(width, x):
+            found = attn_maps.multiply(x[0], fixed, maps, dtype, width, programs)
+            _, row, *others = (out[None] for out in found)
+            query = others.pop(len(maps.first) - 2)
+            pooled = tuple(others[:2]) if self.ratio else None
+            indexed = others[2:]
+            return row, query, pooled, Projected(*indexed) if indexed else None
+
+        cuda = together if programs else None
+        return by_kernel(separately, x, cuda=cuda)
+
+    def _input_maps(self) -> attn_maps.Maps:
+        """Return the weights of all maps of the input."""
+        first, second = [self.q_a, self.kv], [self.q_b]
+        if self.ratio:
+            first += [self.compressor.kv, self.compressor.gate]
+        if self.ratio == CSA_RATIO:
+            own = self.indexer
+            first += [own.compressor.kv, own.compressor.gate, own.head_weights]
+            second += [own.query]
+        weights = lambda maps: [m.weight.get_value() for m in maps]  # noqa: E731
+        norm = self.q_norm.weight.get_value(), self.q_norm.eps
+        return attn_maps.Maps(weights(first), norm, weights(second))
 
     def _attend_long(self, query, view, compressed, chosen, rows):
         """Attend with the window of each query or block, not with all of the pass.

@@ -53,13 +53,30 @@ class Compressor(nnx.Module):
           All rows finished so far, at their index, and the state after.  Row w is
           live for a query at t if `w < (t + 1) // ratio`.
         """
+        return self.take_in(*self.project(x), cache, rows, round_row)
+
+    def project(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T V"]]:
+        """Return the channels of rows and what they weigh, before positions count."""
         value, gate = project(x, self.kv, self.gate)
+        return value, gate
+
+    def take_in(
+        self,
+        value: Float[Array, "B T V"],
+        gate: Float[Array, "B T V"],
+        cache: CompressorCache | None,
+        rows: Rows,
+        round_row,
+    ) -> tuple[Float[Array, "B C N"], CompressorCache | None]:
+        """Do what a call does, with what `project` gives for the rows."""
         take_in = functools.partial(self._take_in, rows=rows, round_row=round_row)
         if cache is None:
             return take_in(value, gate, None)[1], None
         kernel = functools.partial(self._take_in_by_kernel, rows=rows)
         served = (
-            len(x) == 1
+            len(value) == 1
             and self.config.kv_rounding == "none"
             and pallas.serves(value[0], cache.inputs[0], self.ratio, self.width)
         )

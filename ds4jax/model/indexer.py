@@ -6,6 +6,7 @@ Source: ARCHITECTURE §6; ties go to the lowest index, as in ds4.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,21 @@ from ds4jax.pallas import long_index
 from ds4jax.pallas.matmul import einsum
 from ds4jax.pallas.passes import by_kernel, of_prefill
 from ds4jax.pallas.rope import spread
+
+
+class Projected(NamedTuple):
+    """What the indexer's maps make of rows.
+
+    Attributes:
+      value, gate: of its compressor.
+      share: the heads' weights.
+      query: all heads' queries, not rotated yet.
+    """
+
+    value: Float[Array, "B T V"]
+    gate: Float[Array, "B T V"]
+    share: Float[Array, "B T I"]
+    query: Float[Array, "B T _"]
 
 
 class Indexer(nnx.Module):
@@ -57,7 +73,20 @@ class Indexer(nnx.Module):
           a long pass, and where no more than N exist); whether each exists yet; and the
           state after.
         """
-        query, share, keys, cache = self._operands(x, q_lora, cache, rows)
+        return self.pick(self.project(x, q_lora), cache, rows)
+
+    def project(
+        self, x: Float[Array, "B T D"], q_lora: Float[Array, "B T Q"]
+    ) -> Projected:
+        """Return what the indexer's maps make of rows."""
+        value, gate = self.compressor.project(x)
+        return Projected(value, gate, self.head_weights(x), self.query(q_lora))
+
+    def pick(
+        self, projected: Projected, cache: CompressorCache | None, rows: Rows
+    ) -> tuple[Int[Array, "B T N"], Bool[Array, "B T N"], CompressorCache | None]:
+        """Do what a call does, with what `project` gives for the rows."""
+        query, share, keys, cache = self._operands(projected, cache, rows)
         most = min(self.config.index_topk, keys.shape[1])
 
         def pick(query, share, keys):
@@ -75,7 +104,7 @@ class Indexer(nnx.Module):
             return index[None], finished(rows, CSA_RATIO, most)
 
         served = (
-            len(x) == 1
+            len(query) == 1
             and self.config.kv_rounding == "none"
             and pallas.serves(query[0])
         )
@@ -103,19 +132,22 @@ class Indexer(nnx.Module):
         rows: Rows,
     ) -> tuple[Float[Array, "B T C"], CompressorCache | None]:
         """Return the score of each compressed row, -inf where there is none yet."""
-        query, share, keys, cache = self._operands(x, q_lora, cache, rows)
+        projected = self.project(x, q_lora)
+        query, share, keys, cache = self._operands(projected, cache, rows)
         return self._score(query, share, keys, rows), cache
 
-    def _operands(self, x, q_lora, cache, rows):
+    def _operands(self, projected, cache, rows):
         """Return unrotated queries, the heads' weights, keys and the state after."""
         c = self.config
         # ds4's CPU path keeps the rounded keys in F16.
         keep = lambda row: round_index(row).astype(jnp.float16).astype(jnp.float32)  # noqa: E731
-        keys, cache = self.compressor(
-            x, cache, rows, keep if c.kv_rounding == "ds4" else lambda row: row
-        )
-        query = self.query(q_lora).reshape(*x.shape[:2], c.index_heads, c.index_dim)
-        return query, self.head_weights(x), keys, cache
+        value, gate, share, query = projected
+        keys, cache = self.compressor.take_in(
+            value, gate, cache, rows,
+            keep if c.kv_rounding == "ds4" else lambda row: row,
+        )  # fmt: skip
+        query = query.reshape(*query.shape[:2], c.index_heads, c.index_dim)
+        return query, share, keys, cache
 
     def _score(self, query, share, keys, rows):
         c = self.config

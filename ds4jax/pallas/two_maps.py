@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from ds4jax.pallas import ptx
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes
+from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS
 from ds4jax.pallas.two_maps_program import program
-from ds4jax.pallas.two_maps_shape import COLUMNS, MULTIPLIERS, WARPS, Shape
+from ds4jax.pallas.two_maps_shape import WARPS, Shape
 from ds4jax.quant import QuantTensor
 
 _ROWS = 8
@@ -52,7 +53,7 @@ def serves(
         # A task is the same parts of rows for each of a program's warps.
         if weight.columns % COLUMNS or not weight.parts or MULTIPLIERS % weight.parts:
             return False
-    return shape.out % shape.maps[1].lines == 0 and shape.ring >= 2
+    return shape.out % shape.maps[1].lines == 0 and shape.slots >= 2
 
 
 def multiply(

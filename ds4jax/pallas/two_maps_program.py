@@ -19,32 +19,26 @@ from ds4jax.pallas.ptx import (
     arrive,
     begin,
     bind,
-    copy,
     divide,
     start_barriers,
-    store_row,
     wait,
 )
 from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
+    COLUMNS,
+    MULTIPLIERS,
+    ROWS,
     Activations,
-    finish,
     multiply,
     read,
     stage,
-    total,
 )
+from ds4jax.pallas.two_maps_finish import finish_first, finish_second
 from ds4jax.pallas.two_maps_shape import (
-    AHEAD,
     APART,
-    COLUMNS,
-    FINISHERS,
-    MULTIPLIERS,
     OPERANDS,
     PIECE,
-    ROWS,
     WARPS,
-    Map,
     Shape,
 )
 
@@ -55,7 +49,7 @@ def program(s: Shape) -> str:
     for number in range(2):
         text += _multiply_map(s, number)
     text += "\n    bra END;\nCOPY:" + _copy(s, 0) + _copy(s, 1)
-    text += "\n    bra END;\nFINISH:" + _finish_first(s) + _finish_second(s)
+    text += "\n    bra END;\nFINISH:" + finish_first(s) + finish_second(s)
     text += "\nEND:\n}"
     return bind(text, OPERANDS)
 
@@ -63,8 +57,7 @@ def program(s: Shape) -> str:
 def _start(s: Shape) -> str:
     """Declare registers, set barriers up, and part the warps."""
     first, second = s.maps
-    barriers = [(s.copied + 8 * slot, 1) for slot in range(s.ring)]
-    barriers += [(s.read + 8 * slot, MULTIPLIERS) for slot in range(s.ring)]
+    barriers = s.ring.counts
     for start, count in zip(s.summed, s.pieces, strict=True):
         barriers += [(start + 8 * piece, MULTIPLIERS) for piece in range(count)]
     text = declare(s.dtype)
@@ -74,10 +67,10 @@ def _start(s: Shape) -> str:
     .reg .b32 copies, old, old_phase;
     .reg .b32 task, piece, last, row, group, part, half, own, own_d, own_value, value;
     .reg .b32 at, other, at_d, at_x, at_scale, a, b, m<{s.limbs}>, w<{8 * ROWS}>;
-    .reg .b32 x<{8 * s.limbs * max(s.kept, 1)}>;
+    .reg .b32 x<{8 * s.limbs * max(s.kept_rows, 1)}>;
     .reg .b64 address, base, near, far;
     .reg .b16 d;
-    .reg .f32 f, g, scale<{max(s.kept, 1)}>, d<{ROWS}>, sum<{ROWS}>;"""
+    .reg .f32 f, g, scale<{max(s.kept_rows, 1)}>, d<{ROWS}>, sum<{ROWS}>;"""
     text += begin()
     text += """
     mov.b64 base, %shared;
@@ -102,9 +95,7 @@ READY:
     @p bra COPY;
     setp.ge.u32 p, warp, {MULTIPLIERS};
     @p bra FINISH;
-    mov.u32 phase, 0;
-    mad.lo.u32 at_x, thread, 16, shared;
-    mad.lo.u32 at_scale, thread, 4, shared;
+    mov.u32 phase, 0;{s.kept.own("thread")}
     and.b32 half, lane, 4;
     mul.lo.u32 half, half, {GROUP // 2 // 4};
     and.b32 a, lane, {LANES // ROWS - 1};
@@ -121,15 +112,6 @@ def _share(to: str, program: str, items: int, programs: int) -> str:
     return f"""
     min.u32 {to}, {program}, {more};
     mad.lo.u32 {to}, {program}, {each}, {to};"""
-
-
-def _advance(s: Shape) -> str:
-    """Go on to the next slot."""
-    return f"""
-    add.u32 slot, slot, 1;
-    setp.eq.u32 p, slot, {s.ring};
-    @p mov.u32 slot, 0;
-    @p xor.b32 phase, phase, 1;"""
 
 
 def _multiply_map(s: Shape, number: int) -> str:
@@ -163,13 +145,16 @@ MULTIPLY{number}:"""
         + divide("piece", "task", weight.each)
         + f"""
     mad.lo.u32 value, piece, {s.rows * weight.parts * PIECE * 4}, value;"""
-        + wait(f"COPIED{number}", f"bar+{s.copied}", "phase")
-        + read(weight)
-        + arrive(s.read)
-        + _advance(s)
+        + wait(f"COPIED{number}", f"bar+{s.ring.barriers}", "phase")
+        + read(weight.columns)
+        + arrive(s.ring.read)
+        + s.ring.advance()
     )
+    stride = weight.parts * PIECE * 4
     for row in range(s.rows):
-        text += multiply(s, weight, x, row)
+        is_kept = row < s.kept.rows
+        text += s.kept.read(row) if is_kept else x.load(s.limbs, row, 0)
+        text += multiply(s.limbs, row, stride)
     return (
         text
         + f"""
@@ -223,7 +208,7 @@ def _change_group(s: Shape, x: Activations) -> str:
     setp.eq.u32 p, a, group;
     @p bra STAGED;
     mov.u32 group, a;"""
-        + stage(s, x)
+        + stage(s.kept, x, s.limbs)
         + "\nSTAGED:"
     )
 
@@ -236,146 +221,28 @@ def _await_middle(s: Shape, x: Activations) -> str:
     mad.wide.u32 address, part, {4 * APART}, base;"""
         + s.counter.wait("MIDDLE", "[address]")
         + "\n    mov.u32 group, 0;"
-        + stage(s, x)
+        + stage(s.kept, x, s.limbs)
     )
 
 
 def _copy(s: Shape, number: int) -> str:
-    """Have the first lane copy the weights of a map's tasks, as there is room.
-
-    No more than AHEAD are on their way: what else a multiprocessor asks memory for is
-    queued behind them.
-    """
+    """Have the first lane copy the weights of a map's tasks, as there is room."""
     weight = s.maps[number]
     each = weight.each if number == 0 else 1
-    # Before the first round there is nothing to wait for: a new barrier is in phase 0.
-    text = ""
-    if number == 0:
-        text += """
-    mov.u32 phase, 1;
-    mov.u32 copies, 0;
-    mov.u32 old, 0;
-    mov.u32 old_phase, 0;"""
+    text = s.ring.start_copies() if number == 0 else ""
     text += f"""
     mul.lo.u32 task, begin{number}, {each};
     mul.lo.u32 last, end{number}, {each};
 COPY{number}:
     setp.ge.u32 p, task, last;
-    @p bra COPIES{number};
-    mad.lo.u32 bar, slot, 8, shared;
-    mad.lo.u32 here, slot, {s.slot}, shared;"""
-    text += wait(f"READ{number}", f"bar+{s.read}", "phase")
-    text += f"""
-    setp.lt.u32 p, copies, {AHEAD};
-    @p bra AHEAD{number};
-    mad.lo.u32 other, old, 8, shared;"""
-    text += wait(f"ARRIVED{number}", f"other+{s.copied}", "old_phase")
-    text += f"""
-    add.u32 old, old, 1;
-    setp.eq.u32 p, old, {s.ring};
-    @p mov.u32 old, 0;
-    @p xor.b32 old_phase, old_phase, 1;
-AHEAD{number}:
-    add.u32 copies, copies, 1;
-    add.u32 bar, bar, {s.copied};"""
+    @p bra COPIES{number};"""
     sizes = ("quants", s.quants), ("d", s.slot - s.quants)
-    text += copy("here", [(f"{weight.name}_{n}", "task", b, b) for n, b in sizes])
+    pieces = [(f"{weight.name}_{n}", "task", size, size) for n, size in sizes]
     return (
         text
-        + _advance(s)
+        + s.ring.copy(f"{number}", pieces)
         + f"""
     add.u32 task, task, 1;
     bra COPY{number};
 COPIES{number}:"""
-    )
-
-
-def _finish_first(s: Shape) -> str:
-    """Put the first map's pieces into fixed point, and tell who waits for them."""
-    weight = s.maps[0]
-    return (
-        """
-    sub.u32 last, end0, begin0;
-    mov.u32 piece, 0;
-FIXED:
-    setp.ge.u32 p, piece, last;
-    @p bra FIRST;"""
-        + _await_sums(s, 0)
-        + f"""
-    add.u32 group, begin0, piece;
-FIX:
-    setp.ge.u32 p, row, {s.rows};
-    @p bra NEXT;"""
-        + total(weight)
-        + divide("a", "group", COLUMNS // PIECE)
-        + f"""
-    mov.b64 base, %counters;
-    mad.wide.u32 address, a, {4 * APART}, base;"""
-        + finish(s, "[address]")
-        + _next_row(weight)
-        + """
-    bra FIX;
-NEXT:
-    add.u32 piece, piece, 1;
-    bra FIXED;
-FIRST:"""
-    )
-
-
-def _await_sums(s: Shape, number: int) -> str:
-    """Wait for a piece's sums, and find a lane's of a warp's first row."""
-    size = s.maps[number].parts * PIECE * 4
-    return (
-        "\n    mad.lo.u32 bar, piece, 8, shared;"
-        + wait(f"SUMMED{number}", f"bar+{s.summed[number]}", "0")
-        + f"""
-    sub.u32 row, warp, {MULTIPLIERS + 1};
-    mad.lo.u32 at, piece, {s.rows}, row;
-    mad.lo.u32 at, at, {size}, shared;
-    mad.lo.u32 at, lane, 4, at;
-    add.u32 at, at, {s.values[number]};"""
-    )
-
-
-def _next_row(weight: Map) -> str:
-    """Go on to a warp's next row."""
-    return f"""
-    add.u32 row, row, {FINISHERS};
-    add.u32 at, at, {FINISHERS * weight.parts * PIECE * 4};"""
-
-
-def _finish_second(s: Shape) -> str:
-    """Write the second map's rows, and copies of the last one computed."""
-    weight = s.maps[1]
-    text = (
-        f"""
-    mul.lo.u32 last, end1, {weight.lines};
-    mul.lo.u32 task, begin1, {weight.lines};
-    mov.u32 piece, 0;
-WRITTEN:
-    setp.ge.u32 p, task, last;
-    @p bra END;"""
-        + _await_sums(s, 1)
-        + f"""
-    add.u32 own, task, lane;
-WRITE:
-    setp.ge.u32 p, row, {s.rows};
-    @p bra ON;
-    setp.lt.u32 leads, own, last;"""
-        + total(weight)
-        + f"""
-    mad.lo.u32 a, row, {s.out}, own;
-    mov.b64 base, %out;
-    mad.wide.u32 address, a, 4, base;"""
-    )
-    text += store_row("f", "leads", "row", s.rows, s.written - s.rows, 4 * s.out)
-    return (
-        text
-        + _next_row(weight)
-        + f"""
-    bra WRITE;
-ON:
-    add.u32 task, task, {PIECE};
-    add.u32 piece, piece, 1;
-    bra WRITTEN;"""
     )

@@ -7,8 +7,17 @@ from typing import NamedTuple
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
-from ds4jax.pallas.ptx import LANES, SHARED
+from ds4jax.pallas.ptx import SHARED
 from ds4jax.pallas.ptx_fixed_point import Counter
+from ds4jax.pallas.q8_arithmetic import (
+    COLUMNS,
+    MULTIPLIERS,
+    ROWS,
+    THREADS,
+    Kept,
+    kept_bytes,
+)
+from ds4jax.pallas.ring import Ring
 
 OPERANDS = (
     "words", "scale", "first_quants", "first_d", "second_quants", "second_d",
@@ -16,31 +25,13 @@ OPERANDS = (
 )  # fmt: skip
 """Addresses that a program is given: `%name` in the text, `$i` in the end."""
 
-MULTIPLIERS = 8
-"""Warps that multiply; the next one has weights copied, and the others finish rows."""
-
 FINISHERS = 3
+"""Warps that finish rows; one more has weights copied."""
 
 WARPS = MULTIPLIERS + 1 + FINISHERS
 
-COLUMNS = LANES * GROUP
-"""Of a row of a weight, that a warp multiplies: a group for each lane."""
-
-ROWS = 4
-"""Of a weight, that a warp multiplies for a task."""
-
-AHEAD = 2
-"""Tasks whose weights are on their way at a time.
-
-With as many as there is room for, six, a value is there for others 12,000 cycles after
-it is written, and both maps take 21.5 us for 20.1; one is too few for the memory, 22.1.
-"""
-
 PIECE = GROUP
 """Rows of a weight that are finished together: of the first, those of a scale."""
-
-THREADS = MULTIPLIERS * LANES
-"""That multiply."""
 
 APART = 32
 """Counters from one that programs use to the next: they ask different parts of L2."""
@@ -130,47 +121,40 @@ class Shape(NamedTuple):
         return self.quants + self.quants // GROUP * 2
 
     @property
-    def kept(self) -> int:
+    def kept_rows(self) -> int:
         """Return for how many rows' activations there is room beside two slots."""
         room = self.room - self._others - 2 * (self.slot + 16)
-        return max(min(room // self._row, self.rows), 0)
+        return max(min(room // kept_bytes(self.limbs), self.rows), 0)
 
     @property
-    def ring(self) -> int:
-        """Return how many tasks' weights there is room for."""
-        room = self.room - self._others - self.kept * self._row
+    def slots(self) -> int:
+        """Return for how many tasks' weights there is room."""
+        room = self.room - self._others - self.kept_rows * kept_bytes(self.limbs)
         return room // (self.slot + 16)
 
     @property
-    def staged(self) -> int:
-        """Return where the activations kept are: 16 bytes of each thread in turn."""
-        return self.ring * self.slot
-
-    @property
-    def staged_scale(self) -> int:
-        """Return where their scales are."""
-        return self.staged + self.kept * self.limbs * THREADS * GROUP
+    def kept(self) -> Kept:
+        """Return where they are kept."""
+        at = self.slots * self.slot
+        at_scale = at + self.kept_rows * self.limbs * THREADS * GROUP
+        return Kept(self.kept_rows, 2 * self.limbs, at, at_scale)
 
     @property
     def values(self) -> tuple[int, int]:
         """Return where the sums are of each weight's pieces, rows and parts."""
-        first = self.staged_scale + self.kept * THREADS * 4
+        first = self.kept.at_scale + self.kept_rows * THREADS * 4
         return first, first + self._sums(0)
 
     @property
-    def copied(self) -> int:
-        """Return where the barriers are of weights that have arrived."""
-        return self.values[1] + self._sums(1)
-
-    @property
-    def read(self) -> int:
-        """Return where the barriers are of weights that nobody needs any more."""
-        return self.copied + self.ring * 8
+    def ring(self) -> Ring:
+        """Return the ring of tasks' weights."""
+        barriers = self.values[1] + self._sums(1)
+        return Ring(self.slots, self.slot, barriers, MULTIPLIERS)
 
     @property
     def summed(self) -> tuple[int, int]:
         """Return where the barriers are of each weight's pieces."""
-        first = self.read + self.ring * 8
+        first = self.ring.end
         return first, first + self.pieces[0] * 8
 
     @property
@@ -190,11 +174,6 @@ class Shape(NamedTuple):
         waiting = min(second.rows // second.lines, self.programs)
         each = MULTIPLIERS // second.parts
         return Counter(COLUMNS // PIECE * self.rows, waiting * each)
-
-    @property
-    def _row(self) -> int:
-        """Return the bytes of a row's activations, those of each thread."""
-        return THREADS * (self.limbs * GROUP + 4)
 
     @property
     def _others(self) -> int:
