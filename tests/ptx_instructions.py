@@ -1,0 +1,125 @@
+"""What the instructions of `ptx_machine`'s programs compute, of all lanes at once."""
+
+from __future__ import annotations
+
+import functools
+
+import ml_dtypes
+import numpy as np
+
+LANES = 32
+LANE, NIBBLES = np.arange(LANES)[:, None], np.arange(0, 16, 4, dtype=np.uint32)
+
+
+def signed(x):
+    return x.view(np.int32)
+
+
+def real(x):
+    return x.view(np.float32)
+
+
+def bits(x):
+    return np.asarray(x, np.float32).view(np.uint32)
+
+
+def of_bytes(words, dtype):
+    return words[:, None].view(dtype).astype(np.int32)
+
+
+def permute(a, b, selector):
+    """Return `prmt`: bytes of two words by nibbles, or the sign of one eight times."""
+    both = np.stack([a, b], -1).view(np.uint8)
+    nibbles = selector[:, None] >> NIBBLES & 15
+    found = both[LANE, nibbles & 7]
+    signs = np.where(found & 128 > 0, np.uint8(255), np.uint8(0))
+    return np.where(nibbles & 8 > 0, signs, found).view(np.uint32)[:, 0]
+
+
+def logic(a, b, c, table):
+    found = np.zeros_like(a)
+    for case in range(8):
+        if int(table[0]) >> case & 1:
+            own = (x if case & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
+            found |= functools.reduce(np.bitwise_and, own)
+    return found
+
+
+def extract(x, start, length):
+    found = (x >> start & (1 << length) - 1).astype(np.int64)
+    return (found - (found >> length - 1 << length)).astype(np.int32).view(np.uint32)
+
+
+def narrow(x):
+    return real(x).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+def dot(a, b, c, kind: type[np.integer] = np.int8):
+    products = of_bytes(a, kind) * of_bytes(b, np.int8)
+    return (signed(c) + products.sum(-1, dtype=np.int32)).view(np.uint32)
+
+
+def fused(a, b, c):
+    return bits(real(a).astype(np.float64) * real(b) + real(c))
+
+
+COMPUTE = {
+    "add.u32": lambda a, b: a + b,
+    "sub.u32": lambda a, b: a - b,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mul.lo.s32": lambda a, b: a * b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "mad.wide.u32": lambda a, b, c: a.astype(np.uint64) * b + c,
+    "div.u32": lambda a, b: a // b,
+    "rem.u32": lambda a, b: a % b,
+    "min.u32": np.minimum,
+    "max.u32": np.maximum,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "shr.s32": lambda a, b: (signed(a) >> signed(b)).view(np.uint32),
+    "bfe.s32": extract,
+    "lop3.b32": logic,
+    "prmt.b32": permute,
+    "dp4a.s32.s32": dot,
+    "dp4a.u32.s32": functools.partial(dot, kind=np.uint8),
+    "mov.u32": lambda a: a,
+    "mov.b32": lambda a: a,
+    "mov.b64": lambda a: a,
+    "mov.f32": lambda a: a,
+    "neg.f32": lambda a: bits(-real(a)),
+    "abs.f32": lambda a: bits(np.abs(real(a))),
+    "sqrt.rn.f32": lambda a: bits(np.sqrt(real(a))),
+    "cvt.u32.u64": lambda a: a.astype(np.uint32),
+    "cvt.f32.f16": lambda a: bits(a.view(np.float16)),
+    "cvt.rn.f32.s32": lambda a: bits(signed(a)),
+    "cvt.rn.bf16.f32": narrow,
+    "cvt.rmi.s32.f32": lambda a: np.floor(real(a)).astype(np.int32).view(np.uint32),
+    "add.f32": lambda a, b: bits(real(a) + real(b)),
+    "mul.f32": lambda a, b: bits(real(a) * real(b)),
+    "div.rn.f32": lambda a, b: bits(real(a) / real(b)),
+    "min.f32": lambda a, b: bits(np.minimum(real(a), real(b))),
+    "max.f32": lambda a, b: bits(np.maximum(real(a), real(b))),
+    "fma.rn.f32": fused,
+    "ex2.approx.f32": lambda a: bits(np.exp2(real(a))),
+    "selp.b32": lambda a, b, p: np.where(p, a, b),
+    "selp.f32": lambda a, b, p: np.where(p, a, b),
+    "setp.eq.u32": lambda a, b: a == b,
+    "setp.ne.u32": lambda a, b: a != b,
+    "setp.lt.u32": lambda a, b: a < b,
+    "setp.ge.u32": lambda a, b: a >= b,
+    "setp.lt.and.u32": lambda a, b, p: (a < b) & p,
+    "setp.lt.or.u32": lambda a, b, p: (a < b) | p,
+    "setp.ge.and.u32": lambda a, b, p: (a >= b) & p,
+    "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
+    "setp.eq.or.u32": lambda a, b, p: (a == b) | p,
+    "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
+    "shfl.sync.idx.b32": lambda a, lane, *_: a[lane],
+    "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
+    "redux.sync.max.u32": lambda a, _: np.full_like(a, a.max()),
+    "redux.sync.min.u32": lambda a, _: np.full_like(a, a.min()),
+}  # fmt: skip
+"""From an instruction to what it writes, given what it reads of each lane."""
