@@ -6,6 +6,7 @@ and those of experts, six for each row and all different.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,10 +15,13 @@ import numpy as np
 from kernel_case import DTYPE, Case, normal
 
 from ds4jax import synthetic
+from ds4jax.config import ModelConfig
 from ds4jax.model.cache import DECODE_ROWS
-from ds4jax.model.moe import MoE
+from ds4jax.model.hyper import HyperConnection, Update
+from ds4jax.model.layers import RMSNorm
 from ds4jax.pallas import experts, moe_ptx, q8_0
 from ds4jax.pallas.fixed_point import fix
+from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.matmul import (
     expert_matmul,
     grouped_matmul,
@@ -192,7 +196,17 @@ def down(format: str, what: str) -> Case:
 
 
 def moe() -> Case:
-    """Return the case of a mixture of experts with its router and the shared one."""
+    """Return the case of a layer's second half: streams, router and experts."""
+    config = dataclasses.replace(ModelConfig.flash(), dtype=DTYPE)
+    m, maps = config.hc_streams, config.hc_streams * (2 + config.hc_streams)
+
+    def connection():
+        sizes = (m, HIDDEN), (HIDDEN,), (m,), (m, m)
+        streams, output, post, mix = (
+            normal(i, DECODE_ROWS, *size) for i, size in enumerate(sizes, 10)
+        )
+        fn = random_weight(8, "F16", (maps, m * HIDDEN))
+        return streams, ((output,), post, mix), fn, normal(14, maps), normal(15, 3)
 
     def draw():
         into, out = (FFN, HIDDEN), (HIDDEN, FFN)
@@ -206,23 +220,32 @@ def moe() -> Case:
         ]
         router = random_weight(7, "F16", (EXPERTS, HIDDEN))
         both = experts.Experts(*weights), experts.Experts(*shared)
-        return normal(0, DECODE_ROWS, HIDDEN), router, *both
+        return connection(), normal(0, HIDDEN), router, *both
 
-    def run(width, x, router, routed, shared):
-        fixed = [fix(x, DTYPE, order) for order in MoE.ORDERS]
+    def run(width, of_streams, norm, router, routed, shared):
+        reading = Reading(*of_streams, norm=norm, config=config)
         own = Router(router, jnp.zeros(EXPERTS), USED, 1.5, 2.0**-14)
         # Without a GPU it is only traced.
-        programs = moe_ptx.programs(own, routed, shared, ACTIVATION) or 1
-        return moe_ptx.multiply(
-            x, fixed, None, own, routed, shared, ACTIVATION, DTYPE, width, programs
-        )
+        operands = own, routed, shared, ACTIVATION
+        programs = moe_ptx.programs(reading, *operands) or 1
+        return moe_ptx.multiply(reading, None, *operands, width, programs)
 
     def route(x, router):
         probability = jnp.sqrt(jax.nn.softplus(quant_matmul(x, router)))
         picked, ids = jax.lax.top_k(probability, USED)
         return ids, picked / jnp.sum(picked, 1, keepdims=True) * 1.5
 
-    def xla(x, router, routed, shared):
+    def read_streams(of_streams, norm):
+        streams, (parts, *others), *weights = of_streams
+        names = (f"{name}.weight" for name in ("fn", "base", "scale"))
+        connection = HyperConnection(config, dict(zip(names, weights, strict=True)))
+        update = Update(parts, *others)
+        one = jax.tree.map(lambda array: array[None], (streams, update))
+        x, _, *others = connection(*one, RMSNorm(norm, config.rms_eps))
+        return [array[0] for array in (x, *others)]
+
+    def xla(of_streams, norm, router, routed, shared):
+        x, *others = read_streams(of_streams, norm)
         ids, share = route(x, router)
         product = lambda x, w: expert_matmul(x, w, ids, DTYPE)  # noqa: E731
         dense = lambda x, w: quant_matmul(x, w, DTYPE)  # noqa: E731
@@ -231,15 +254,19 @@ def moe() -> Case:
         )
         found = jnp.sum(share[..., None] * product(found, routed.down), 1)
         own = ACTIVATION(dense(x, shared.gate), dense(x, shared.up))
-        return dense(own, shared.down), found, ids
+        return dense(own, shared.down), found, ids, *others
 
-    def nbytes(width, x, router, routed, shared):
-        ids, _ = route(jnp.asarray(x), jnp.asarray(router))
-        of_all = x.nbytes // DECODE_ROWS * width + router.nbytes
-        return of_all + sum(w.nbytes for w in shared) + read(routed, width, ids)
+    def nbytes(width, of_streams, norm, router, routed, shared):
+        of_streams, *others = jax.tree.map(jnp.asarray, (of_streams, norm, router))
+        x, *_ = read_streams(of_streams, others[0])
+        ids, _ = route(x, others[1])
+        of_rows, weights = of_streams[:2], (*of_streams[2:], *others, *shared)
+        rows = sum(array.nbytes for array in jax.tree.leaves(of_rows))
+        of_all = rows // DECODE_ROWS * width + sum(w.nbytes for w in weights)
+        return of_all + read(routed, width, ids)
 
     return Case(
-        "moe_ptx", "router, experts", draw, run, xla, nbytes, WIDTHS, ("fix", *ONCE),
+        "moe_ptx", "streams, router, experts", draw, run, xla, nbytes, WIDTHS, ONCE,
         shape=_shape("F16, IQ2_XXS, Q2_K, Q8_0", str(HIDDEN), HIDDEN, 1),
     )  # fmt: skip
 

@@ -20,6 +20,8 @@ from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
 from ds4jax.model.attention import Attention
+from ds4jax.model.hyper import HyperConnection, Update
+from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
 from ds4jax.pallas import attn_maps, moe_ptx, two_maps
 from ds4jax.pallas.fixed_point import LIMBS, fix
@@ -164,29 +166,40 @@ def test_maps_of_the_input_in_ptx_and_by_triton(dtype, layer, monkeypatch):
 @pytest.mark.parametrize("hashed", [False, True])
 @pytest.mark.parametrize("dtype", LIMBS)
 def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
-    """The same but for the order of sums; in PTX, the same bits at every width."""
+    """The same but for the order of sums; in PTX, the same bits at every width.
+
+    With the hyper connection's reading of the streams before it.
+    """
     config = ModelConfig.flash(experts=64, dtype=dtype)
     own = of_layer(config, 0 if hashed else config.hash_layers)
-    x = jax.random.normal(jax.random.key(6), (1, 8, config.hidden))
+    sizes = (4, config.hidden), (config.hidden,), (4,), (4, 4)
+    keys = jax.random.split(jax.random.key(6), len(sizes))
+    streams, output, post, mix = (
+        jax.random.normal(key, (1, 8, *size))
+        for key, size in zip(keys, sizes, strict=True)
+    )
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(width, x, own):
-        fixed = tuple(fix(x[0], dtype, order) for order in MoE.ORDERS)
+    def run(width, streams, update, own):
+        norm = RMSNorm(own["ffn_norm.weight"], config.rms_eps)
+        connection = HyperConnection(config, scope(own, "hc_ffn_"))
+        moe = MoE(config, hashed, own)
         with within(DecodePass(width, jnp.int32(width))):
-            parts, chosen = MoE(config, hashed, own)(x, tokens, fixed)
-        return *parts, chosen
+            parts, *others = moe.of_streams(connection, norm, streams, update, tokens)
+        return *parts, *others
 
-    if "moe_8x6" not in run.lower(8, x, own).as_text():
+    operands = streams, Update((output,), post, mix), own
+    if "moe_8x6" not in run.lower(8, *operands).as_text():
         pytest.skip("this GPU has no such programs")
-    whole = run(8, x, own)
+    whole = run(8, *operands)
     for width in (1, 2, 3, 4):
-        for found, expected in zip(run(width, x, own), whole, strict=True):
+        for found, expected in zip(run(width, *operands), whole, strict=True):
             same(found[0, :width], expected[0, :width])
             same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
-    for found, expected in zip(whole, run(8, x, own), strict=True):
+    for found, expected in zip(whole, run(8, *operands), strict=True):
         near = {"float32": 1e-5, "bfloat16": 2e-4}[dtype] * np.max(abs(expected))
         assert np.max(abs(found - expected)) <= near
 

@@ -6,6 +6,7 @@ What a GPU makes of the same text is tested in `gpu_test.py`.
 import functools
 from typing import Any
 
+import hc_ptx_test as hc
 import hopper
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from ptx_machine import LANES, Machine
 
 from ds4jax import schema, synthetic
 from ds4jax.config import ModelConfig, QuantPlan
+from ds4jax.model.hyper import HyperConnection, Update
+from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
 from ds4jax.pallas import moe_program, moe_ptx, ptx
 from ds4jax.pallas.experts import Experts
-from ds4jax.pallas.fixed_point import GROUP, fix
-from ds4jax.pallas.moe_shape import HIDDEN, OPERANDS, THREADS, Routing, Shape
+from ds4jax.pallas.hyper_connection import Reading
+from ds4jax.pallas.moe_shape import HIDDEN, THREADS
 from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
@@ -51,6 +54,11 @@ def drawn(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
+def reading(dtype: str, width: int) -> Reading:
+    """Return what the rows are made of."""
+    return hc.reading(dtype, 1, width=width, rows=ROWS)
+
+
 def router(width: int, each: int, hashed: bool = False) -> Router:
     """Return one to which two experts are as good, and one of large logits."""
     first, second = TWINS
@@ -74,16 +82,12 @@ def run(
     dtype: str, width: int, each: int, rows: int, programs: int, hashed: bool = False
 ) -> dict[str, np.ndarray]:
     """Return what programs write, and NaNs where they write nothing."""
-    x = drawn(0, ROWS, width).at[rows:].set(jnp.nan)
-    fixed = [fix(x, dtype, order, interpret=True) for order in MoE.ORDERS]
+    given = hc.first_rows(reading(dtype, width), rows)
     own = router(width, each, hashed)
-    routing = Routing(EXPERTS, hashed, SCALE, SMALLEST)
-    s = Shape(
-        rows, ROWS - rows, each, routing, width // GROUP, OUT, dtype, ACTIVATION.limit,
-        programs,
-    )  # fmt: skip
+    s = moe_ptx.shape(rows, given, own, OUT, ACTIVATION.limit, programs)
+    assert s.shared <= ptx.SHARED
     ids = known(each) if hashed else None
-    read = moe_ptx.operands(s, x, fixed, ids, own, *weights(width))
+    read = moe_ptx.operands(s, given, ids, own, *weights(width))
     written = [
         np.full(array.shape, -1, np.int32).view(array.dtype)
         for array in moe_ptx.written(s)
@@ -91,25 +95,22 @@ def run(
     operands = [*map(np.array, read), *written]
     text = moe_program.program(s)
     Machine(text, operands, s.shared, THREADS // LANES).run(programs, rows)
-    found: dict[str, np.ndarray] = dict(zip(OPERANDS[:-1], operands, strict=True))
+    found: dict[str, np.ndarray] = dict(zip(s.operands[:-1], operands, strict=True))
     same(found["counters"], 0)
     return found
 
 
-def probabilities(width: int) -> np.ndarray:
+def probabilities(x: np.ndarray) -> np.ndarray:
     """Return those of each row's experts."""
-    x, weight = (
-        np.asarray(a, np.float64)
-        for a in (drawn(0, ROWS, width), router(width, 1).weight)
-    )
-    return np.sqrt(np.log1p(np.exp(x @ weight.T)))
+    weight = np.asarray(router(x.shape[1], 1).weight, np.float64)
+    return np.sqrt(np.log1p(np.exp(np.float64(x) @ weight.T)))
 
 
-def choice(width: int, each: int, hashed: bool) -> tuple[np.ndarray, np.ndarray]:
+def choice(x: np.ndarray, each: int, hashed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return the experts of rows, of as good ones the first, and their shares."""
-    own, probability = router(width, each, hashed), probabilities(width)
+    own, probability = router(x.shape[1], each, hashed), probabilities(x)
     if own.bias is None:
-        ids = np.asarray(known(each))
+        ids = np.asarray(known(each))[: len(x)]
     else:
         biased = probability + np.float64(own.bias)
         ids = np.argsort(-biased, axis=1, kind="stable")[:, :each]
@@ -117,16 +118,16 @@ def choice(width: int, each: int, hashed: bool) -> tuple[np.ndarray, np.ndarray]
     return ids, picked / picked.sum(1, keepdims=True) * SCALE
 
 
-def expected(dtype: str, width: int, each: int, hashed: bool) -> list[np.ndarray]:
+def expected(x: np.ndarray, dtype: str, each: int, hashed: bool) -> list[np.ndarray]:
     """Return the shared expert's part and the others', hidden values rounded."""
-    routed, shared = weights(width)
+    (routed, shared), (ids, share) = weights(x.shape[1]), choice(x, each, hashed)
     value = lambda w: np.asarray(dequantize(w), np.float64)  # noqa: E731
     chosen = lambda w, ids: value(jax.tree.map(lambda p: p[ids], w))  # noqa: E731
     rounded = lambda x: np.asarray(jnp.asarray(x, dtype), np.float64)  # noqa: E731
     hidden = lambda *both: rounded(  # noqa: E731
         ACTIVATION(*(jnp.asarray(a, jnp.float32) for a in both))
     )
-    x, (ids, share) = rounded(drawn(0, ROWS, width)), choice(width, each, hashed)
+    x = rounded(x)
     gated = (np.einsum("ni,nuoi->nuo", x, chosen(w, ids)) for w in routed[:2])
     found = np.einsum("nuf,nuof->nuo", hidden(*gated), chosen(routed.down, ids))
     own = hidden(*(x @ value(w).T for w in shared[:2])) @ value(shared.down).T
@@ -143,16 +144,18 @@ def expected(dtype: str, width: int, each: int, hashed: bool) -> list[np.ndarray
 )
 def test_programs_compute_what_experts_give(dtype, width, each, rows, programs, hashed):
     found = run(dtype, width, each, rows, programs, hashed)
-    ids, _ = choice(width, each, hashed)
-    same(found["ids"][:rows], ids[:rows])
+    hc.assert_near(found, hc.expected(reading(dtype, width)), rows)
+    x = found["x"][:rows]
+    ids, _ = choice(x, each, hashed)
+    same(found["ids"][:rows], ids)
     # A logit of 100, in float32, is off by 1e-5.
-    probable = probabilities(width)[:rows]
+    probable = probabilities(x)
     np.testing.assert_allclose(found["probabilities"], probable, rtol=2e-5)
-    wanted = expected(dtype, width, each, hashed)
+    wanted = expected(x, dtype, each, hashed)
     for name, exact in zip(("to_shexp", "to_routed"), wanted, strict=True):
         close = NEAR[dtype] * np.abs(exact).max()
-        np.testing.assert_allclose(found[name][:rows], exact[:rows], rtol=0, atol=close)
-    for name in ("ids", "to_shexp", "to_routed"):
+        np.testing.assert_allclose(found[name][:rows], exact, rtol=0, atol=close)
+    for name in ("ids", "to_shexp", "to_routed", *hc.NEAR):
         last = found[name][rows - 1]
         same(found[name][rows:], np.repeat(last[None], ROWS - rows, 0))
 
@@ -166,7 +169,7 @@ def test_whatever_the_number_of_rows_and_programs():
     counter that wraps too late.
     """
     whole = run("bfloat16", 2048, 1, 2, 2)
-    for name in ("ids", "to_shexp", "to_routed"):
+    for name in ("ids", "to_shexp", "to_routed", *hc.NEAR):
         same(run("bfloat16", 2048, 1, 1, 140)[name][0], whole[name][0])
 
 
@@ -181,23 +184,29 @@ def test_it_is_for_a_gpu_and_not_for_a_cpu(hashed, monkeypatch):
         return {
             name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
             for name, s in schema.trunk(config).items()
-            if name.startswith(f"{prefix}ffn") or name.startswith(f"{prefix}exp")
+            if name.startswith(tuple(f"{prefix}{n}" for n in ("ffn", "exp", "hc_ffn")))
         }
 
-    x = jax.ShapeDtypeStruct((1, ROWS, width), jnp.float32)
+    whole = hc.reading(config.dtype, 1, width=width, rows=ROWS)
+    streams, update = jax.tree.map(lambda a: a[None], whole[:2])
     tokens = jax.ShapeDtypeStruct((1, ROWS), jnp.int32)
 
     def lowered() -> str:
-        def run(x, tokens, own):
-            fixed = tuple(fix(x[0], config.dtype, order) for order in MoE.ORDERS)
+        def run(streams, update, tokens, own):
+            norm = RMSNorm(own["ffn_norm.weight"], config.rms_eps)
+            connection = HyperConnection(config, scope(own, "hc_ffn_"))
+            of_streams = MoE(config, hashed, own).of_streams
             with within(DecodePass(2, jnp.int32(2))):
-                return MoE(config, hashed, own)(x, tokens, fixed)
+                return of_streams(connection, norm, streams, Update(*update), tokens)
 
-        return hopper.lowered(run, x, tokens, jax.eval_shape(drawn))
+        return hopper.lowered(run, streams, update, tokens, jax.eval_shape(drawn))
 
-    assert "moe_2x6x2048x2048" not in lowered()
+    of_connection, of_all = "hc_mixed", "moe_2x6x2048x2048"
+    text = lowered()
+    assert of_connection in text and of_all not in text
     monkeypatch.setattr(ptx, "programs", lambda: 132)
-    assert "moe_2x6x2048x2048" in lowered()
+    text = lowered()
+    assert of_all in text and of_connection not in text
 
 
 @pytest.mark.parametrize(
@@ -216,12 +225,15 @@ def test_it_is_for_a_gpu_and_not_for_a_cpu(hashed, monkeypatch):
         ({"down": "Q4_K"}, False),
         ({"shared": "F16"}, False),
         ({"router": "float32"}, False),
+        ({"fn": "bfloat16"}, False),
+        ({"rows": 9}, False),
     ],
 )
 def test_what_it_serves(changes, expected):
     given = dict(
         width=2048, hidden=2048, of_shared=2048, out=OUT, each=2, activation=ACTIVATION,
-        gate="IQ2_XXS", down="Q2_K", shared="Q8_0", router="float16",
+        gate="IQ2_XXS", down="Q2_K", shared="Q8_0", router="float16", fn="float16",
+        rows=8,
     ) | changes  # fmt: skip
     weight = lambda name, *shape: jax.eval_shape(  # noqa: E731
         lambda: (
@@ -239,4 +251,6 @@ def test_what_it_serves(changes, expected):
     shared = Experts(up, up, weight(given["shared"], out, of_shared))
     own: Any = jax.ShapeDtypeStruct((EXPERTS, width), given["router"])
     router = Router(own, None, given["each"], SCALE, SMALLEST)
-    assert moe_ptx.serves(router, routed, shared, given["activation"]) == expected
+    of_rows = hc.reading("float32", 1, given["fn"], width, given["rows"])
+    operands = of_rows, router, routed, shared, given["activation"]
+    assert moe_ptx.serves(*operands, 132) == expected

@@ -15,10 +15,10 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm
-from ds4jax.model.moe import MoE
-from ds4jax.pallas import experts, hyper_connection, router
+from ds4jax.pallas import experts, hyper_connection, moe_ptx, router
 from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
+from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.matmul import expert_matmul
 from ds4jax.pallas.moe import has_kernels, moe_by_kernel, shared_by_kernel
 from ds4jax.pallas.swiglu import Swiglu
@@ -225,13 +225,12 @@ def test_hyper_connection(hidden, merges, dtype, widths):
     @functools.partial(jax.jit, static_argnums=1, compiler_options=UNSHARED)
     def read(rows, width):
         streams, update = rows
-        return hyper_connection.read(
-            streams, update, weights["fn"], weights["base"], weights["scale"],
-            norm.weight.get_value(), config, MoE.ORDERS, width, interpret=True,
-        )  # fmt: skip
+        of_norm = norm.weight.get_value()
+        own = Reading(streams, update, **weights, norm=of_norm, config=config)
+        return hyper_connection.read(own, moe_ptx.ORDERS, width, interpret=True)
 
     x, fixed, *others = read((streams, update), None)
-    for found, order in zip(fixed, MoE.ORDERS, strict=True):
+    for found, order in zip(fixed, moe_ptx.ORDERS, strict=True):
         wanted = fix(x, dtype, order, interpret=True)
         same(found.words, wanted.words)
         same(found.scale, wanted.scale)

@@ -7,7 +7,7 @@ float32, whatever the operand type of the other products.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,12 @@ from ds4jax.config import ModelConfig
 from ds4jax.model.layers import Linear, RMSNorm, Weights, rms
 from ds4jax.pallas import hyper_connection, stream_maps
 from ds4jax.pallas.fixed_point import FixedPoint, Order, blank
+from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.passes import by_kernel, has_kernels, of_prefill
 from ds4jax.quant import dequantize
+
+ORDERS = (Order(),)
+"""In which kernels read a block's input in fixed point."""
 
 
 def sinkhorn(
@@ -82,18 +86,11 @@ class HyperConnection(nnx.Module):
     The two are one step, for a GPU reads the streams once then.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Weights,
-        orders: tuple[Order, ...] = (Order(),),
-    ):
-        """Make one; `orders` are those in which kernels read the block's input."""
+    def __init__(self, config: ModelConfig, weights: Weights):
         self.fn = Linear(weights["fn.weight"])
         self.base = nnx.Param(dequantize(weights["base.weight"]))
         self.scale = nnx.Param(dequantize(weights["scale.weight"]))
         self.config = config
-        self.orders = orders
 
     def __call__(
         self, streams: Float[Array, "B T M D"], update: Update | None, norm: RMSNorm
@@ -106,8 +103,8 @@ class HyperConnection(nnx.Module):
     ]:
         """Return the block's normed input, the streams, and `post` and `mix` of it.
 
-        After the input comes what kernels read of it, in each order, where there may be
-        some, and else nothing.
+        After the input comes what kernels read of it, in each of ORDERS, where there
+        may be some, and else nothing.
 
         Args:
           streams: the residual streams.
@@ -117,18 +114,28 @@ class HyperConnection(nnx.Module):
         if not (has_kernels() and hyper_connection.serves(streams)):
             x, streams, post, mix = self._read(streams, update, norm)
             return x, (), streams, post, mix
-        weights = (
-            w.get_value() for w in (self.fn.weight, self.base, self.scale, norm.weight)
-        )
-        kernel = functools.partial(_read_by_kernel, *weights, self.config, self.orders)
+
+        def kernel(width, streams, update):
+            of_row = self.reading(streams, update, norm)
+            x, fixed, *others = hyper_connection.read(of_row, ORDERS, width)
+            return x[None], fixed, *(result[None] for result in others)
 
         def read(streams, update):
             x, *others = self._read(streams, update, norm)
             _, rows, width = x.shape
             make = functools.partial(blank, rows, width, self.config.dtype)
-            return x, tuple(map(make, self.orders)), *others
+            return x, tuple(map(make, ORDERS)), *others
 
         return by_kernel(read, streams, update, cuda=kernel)
+
+    def reading(
+        self, streams: Float[Array, "1 T M D"], update: Update | None, norm: RMSNorm
+    ) -> Reading:
+        """Return what kernels read in a decode pass; the arguments are a call's."""
+        streams, update = jax.tree.map(lambda array: array[0], (streams, update))
+        weights = self.fn.weight, self.base, self.scale, norm.weight
+        fn, base, scale, of_norm = cast(list[Array], [w.get_value() for w in weights])
+        return Reading(streams, update, fn, base, scale, of_norm, self.config)
 
     def _read(self, streams, update, norm):
         c, m = self.config, self.config.hc_streams
@@ -152,13 +159,6 @@ class HyperConnection(nnx.Module):
         served = len(logits) == 1 and hyper_connection.serves_sinkhorn(logits[0])
         run = lambda logits: sinkhorn(logits, *sizes)  # noqa: E731
         return of_prefill(run, logits, cuda=kernel if served else None)
-
-
-def _read_by_kernel(fn, base, scale, norm, config, orders, width, streams, update):
-    streams, update = jax.tree.map(lambda a: a[0], (streams, update))
-    operands = streams, update, fn, base, scale, norm, config, orders, width
-    x, fixed, *others = hyper_connection.read(*operands)
-    return x[None], fixed, *(result[None] for result in others)
 
 
 class HyperHead(nnx.Module):

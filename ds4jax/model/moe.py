@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ds4jax.config import ModelConfig
-from ds4jax.model.layers import Linear, Weights
-from ds4jax.pallas import expert_tiles, moe_ptx, router
-from ds4jax.pallas.experts import FORMATS, Experts
-from ds4jax.pallas.fixed_point import FixedPoint, Order
+from ds4jax.model.hyper import HyperConnection, Update
+from ds4jax.model.layers import Linear, RMSNorm, Weights
+from ds4jax.pallas import expert_tiles, moe_ptx, passes, router
+from ds4jax.pallas.experts import Experts
+from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import every_expert_matmul, expert_matmul, experts_in_groups
 from ds4jax.pallas.moe import (
     has_kernels,
@@ -33,13 +34,7 @@ _SMALLEST_TOTAL = 2.0**-14
 
 
 class MoE(nnx.Module):
-    """Routed experts plus the shared expert.
-
-    Attributes:
-      ORDERS: in which kernels read rows: the shared expert's, and those of IQ2_XXS.
-    """
-
-    ORDERS = Order(), FORMATS["IQ2_XXS"].order
+    """Routed experts plus the shared expert."""
 
     def __init__(self, config: ModelConfig, hashed: bool, weights: Weights):
         linear = lambda name: Linear(weights[name], config.dtype)  # noqa: E731
@@ -61,7 +56,7 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         tokens: Int[Array, "B T"],
-        fixed: tuple[FixedPoint, ...] = (),
+        fixed: FixedPoint | None = None,
     ) -> tuple[
         tuple[Float[Array, "B T D"], Float[Array, "B T D"]], Int[Array, "B T U"]
     ]:
@@ -73,30 +68,10 @@ class MoE(nnx.Module):
         Args:
           x: normed hidden rows.
           tokens: their token ids, which hash routing needs.
-          fixed: `x` in ORDERS, if something computed that already.
+          fixed: `x` in fixed point, if something computed that already.
         """
         c, activate = self.config, Swiglu(self.config.swiglu_limit)
-        routed, shared, router = self._stacks(), self._shared_stacks(), self._router()
-        programs = moe_ptx.programs(router, routed, shared, activate) if fixed else 0
-
-        def in_one_launch(width, x, tokens):
-            ids = self._known(tokens[0]) if self.hashed else None
-            own, out, chosen = moe_ptx.multiply(
-                x[0], fixed, ids, router, routed, shared, activate, c.dtype, width,
-                programs,
-            )  # fmt: skip
-            return (own[None], out[None]), chosen[None]
-
-        def in_several(x, tokens):
-            return self._routed_and_shared(x, tokens, fixed[0] if fixed else None)
-
-        cuda = in_one_launch if programs else None
-        return by_kernel(in_several, x, tokens, cuda=cuda)
-
-    def _routed_and_shared(self, x, tokens, fixed):
-        """Do what a call does, whose result it returns: choose first, then multiply."""
         chosen, share = self.route(x, tokens)
-        c, activate = self.config, Swiglu(self.config.swiglu_limit)
         expert, routed = self._shared_stacks(), self._stacks()
 
         def kernels(width, x, chosen, share):
@@ -115,6 +90,53 @@ class MoE(nnx.Module):
 
         cuda = kernels if has_kernels(routed) else None
         return by_kernel(parts, x, chosen, share, cuda=cuda), chosen
+
+    def of_streams(
+        self,
+        connection: HyperConnection,
+        norm: RMSNorm,
+        streams: Float[Array, "B T M D"],
+        update: Update | None,
+        tokens: Int[Array, "B T"],
+    ) -> tuple[
+        tuple[Float[Array, "B T D"], Float[Array, "B T D"]],
+        Int[Array, "B T U"],
+        Float[Array, "B T M D"],
+        Float[Array, "B T M"],
+        Float[Array, "B T M M"],
+    ]:
+        """Return what `connection` and then a call do, where a GPU can in one launch.
+
+        After a call's results come the streams, and `post` and `mix` of the block.
+
+        Args:
+          connection: reads the block's input.
+          norm: the block's own.
+          streams: the residual streams.
+          update: what is to be merged into them first, if anything.
+          tokens: the rows' ids.
+        """
+
+        def apart(streams, update, tokens):
+            x, fixed, streams, post, mix = connection(streams, update, norm)
+            return *self(x, tokens, *fixed), streams, post, mix
+
+        if not passes.has_kernels():
+            return apart(streams, update, tokens)
+        activate = Swiglu(self.config.swiglu_limit)
+        operands = self._router(), self._stacks(), self._shared_stacks(), activate
+        of_row = connection.reading(streams, update, norm)
+        programs = moe_ptx.programs(of_row, *operands)
+
+        def together(width, streams, update, tokens):
+            ids = self._known(tokens[0]) if self.hashed else None
+            of_row = connection.reading(streams, update, norm)
+            results = moe_ptx.multiply(of_row, ids, *operands, width, programs)
+            own, out, *others = (result[None] for result in results)
+            return (own, out), *others
+
+        cuda = together if programs else None
+        return by_kernel(apart, streams, update, tokens, cuda=cuda)
 
     def _shared(self, x):
         gate, up, down = self._shared_linears()

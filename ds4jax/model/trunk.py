@@ -74,7 +74,7 @@ class Layer(nnx.Module):
         self.hc_attn = HyperConnection(config, scope(weights, "hc_attn_"))
         self.attn_norm = RMSNorm(weights["attn_norm.weight"], config.rms_eps)
         self.attention = Attention(config, ratio, weights)
-        self.hc_ffn = HyperConnection(config, scope(weights, "hc_ffn_"), MoE.ORDERS)
+        self.hc_ffn = HyperConnection(config, scope(weights, "hc_ffn_"))
         self.ffn_norm = RMSNorm(weights["ffn_norm.weight"], config.rms_eps)
         self.moe = MoE(config, hashed, weights)
 
@@ -105,8 +105,9 @@ class Layer(nnx.Module):
         x, fixed, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
         y, cache, selected = self.attention(x, cache, rows, *fixed)
         update = Update((y,), *weights)
-        x, fixed, streams, *weights = self.hc_ffn(streams, update, self.ffn_norm)
-        parts, experts = self.moe(x, tokens, fixed)
+        parts, experts, streams, *weights = self.moe.of_streams(
+            self.hc_ffn, self.ffn_norm, streams, update, tokens
+        )
         return streams, Update(parts, *weights), cache, experts, selected
 
 

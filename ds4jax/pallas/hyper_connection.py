@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,26 @@ Update = tuple[
 """As `model.hyper.Update`, of one sequence."""
 
 
+class Reading(NamedTuple):
+    """What a hyper connection reads before a block.
+
+    Attributes:
+      streams: of some rows.
+      update: what is to be merged into them first.
+      fn, base, scale: the connection's weights; F = 2 M + M^2.
+      norm: weight of the block's RMS norm.
+      config: for the counts and the epsilons, and the type of operands.
+    """
+
+    streams: Float[Array, "R M D"]
+    update: Update | None
+    fn: Float[Array, "F MD"]
+    base: Float[Array, "F"]
+    scale: Float[Array, "3"]
+    norm: Float[Array, "D"]
+    config: ModelConfig
+
+
 def serves(streams: Float[Array, "*rows M D"]) -> bool:
     """Say whether `read` is for streams of these sizes."""
     sizes = streams.shape[-2:]
@@ -46,13 +67,7 @@ def serves(streams: Float[Array, "*rows M D"]) -> bool:
 
 
 def read(
-    streams: Float[Array, "R M D"],
-    update: Update | None,
-    fn: Float[Array, "F MD"],
-    base: Float[Array, "F"],
-    scale: Float[Array, "3"],
-    norm: Float[Array, "D"],
-    config: ModelConfig,
+    reading: Reading,
     orders: Sequence[Order],
     width: int | None = None,
     *,
@@ -70,15 +85,12 @@ def read(
     each of some orders.
 
     Args:
-      streams: of some rows.
-      update: what is to be merged into them first.
-      fn, base, scale: the connection's weights; F = 2 M + M^2.
-      norm: weight of the block's RMS norm.
-      config: for the counts and the epsilons.
+      reading: what is read.
       orders: of the input in fixed point.
       width: how many rows, the first ones, are not copies of the last of these.
       interpret: without a GPU.
     """
+    streams, update, fn, base, scale, norm, config = reading
     rows, m, d = streams.shape
     width = width or rows
     size = pl.next_power_of_2(len(fn))

@@ -1,26 +1,25 @@
 """The text of `moe_ptx`'s programs, in PTX: how warps begin, and gate and up.
 
-A program takes a few of the router's logits and tasks of the shared expert's gate and
-up; then task after task GROUP rows of an expert's gate, the same of its up, and a row
-of activations; then, as `moe_down` has it, blocks of rows of down.  A warp multiplies a
-few of those rows, a lane the same few groups of each: it holds their activations in
-registers.  Each lane looks codes up in a bank of shared memory of its
-own, where no other lane is in its way.
+After the hyper connection's input a program takes a few of the router's logits and
+tasks of the shared expert's gate and up; then task after task GROUP rows of an expert's
+gate, the same of its up, and a row of activations; then, as `moe_down` has it, blocks
+of rows of down.  A warp multiplies a few of those rows, a lane the same few groups of
+each: it holds their activations in registers.  Each lane looks codes up in a bank of
+shared memory of its own, where no other lane is in its way.
 """
 
 from __future__ import annotations
 
-from ds4jax.pallas import moe_router
+from ds4jax.pallas import hc_program, moe_router
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.down_arithmetic import EXPONENT
 from ds4jax.pallas.iq2_arithmetic import activate, look_up, multiply, read
 from ds4jax.pallas.moe_down import down
-from ds4jax.pallas.moe_router import add_logits, load_logits
+from ds4jax.pallas.moe_router import add_logits, load_router, load_row
 from ds4jax.pallas.moe_service import first_task, next_task, service
 from ds4jax.pallas.moe_shape import (
     BLOCK,
     EACH,
-    OPERANDS,
     ROWS,
     THREADS,
     WARPS,
@@ -33,15 +32,16 @@ from ds4jax.pallas.ptx_fixed_point import declare
 
 def program(s: Shape) -> str:
     """Return the text of a program."""
-    text = "{" + _start(s) + _fill_table() + add_logits(s) + multiply_gated(s)
-    text += _gated(s) + down(s) + service(s)
-    return bind(text, OPERANDS) + "\nEND:\n}"
+    text = "{" + _start(s) + _fill_table() + hc_program.prologue(s.hc, s.place)
+    text += "\n    mov.u32 own_row, 0;" + load_row(s) + add_logits(s)
+    text += multiply_gated(s) + _gated(s) + down(s) + service(s)
+    return bind(text, s.operands) + "\nEND:\n}"
 
 
 def _start(s: Shape) -> str:
     """Declare registers, and have all on its way that is read first."""
     x, words = 8 * s.limbs * s.steps, 2 * s.steps
-    text = declare(s.dtype) + moe_router.declare(s)
+    text = declare(s.dtype) + moe_router.declare(s) + hc_program.declare(s.hc)
     text += f"""
     .reg .pred p, first, lower;
     .reg .b32 thread, lane, warp, shared, number, phase, bar, here, to, a, b, c, w;
@@ -64,33 +64,36 @@ def _start(s: Shape) -> str:
     setp.ge.u32 p, warp, {WARPS};
     @p bra SERVICE;
     mov.u32 piece, %ctaid.x;"""
-    text += load_logits(s)
+    text += load_router(s)
     text += f"""
     mov.b64 base, %table;
     mad.wide.u32 address, thread, 4, base;
     ld.global.nc.b32 w, [address];
     mad.wide.u32 address, lane, 8, base;
     ld.global.nc.v2.b32 {{positive, negative}}, [address+{4 * WARPS * LANES}];"""
-    return text
+    return text + hc_program.load(s.hc, s.place)
 
 
 def _activations(s: Shape) -> str:
-    """Load a lane's activations for `pair`, or the last one."""
+    """Load a lane's activations for `pair`, or the last one.
+
+    Not through the read-only cache: other programs have just written them.
+    """
     text = f"""
     min.u32 row, pair, {s.pairs - 1};
     div.u32 row, row, {s.each};
     mul.lo.u32 row, row, {s.groups};
     mad.lo.u32 b, lane, {s.steps}, row;
-    mov.b64 base, %scale;
+    mov.b64 base, %x_scale;
     mad.wide.u32 address, b, 4, base;
-    ld.global.nc.v{s.steps}.f32 {registers("scale", 0, s.steps)}, [address];
+    ld.global.v{s.steps}.f32 {registers("scale", 0, s.steps)}, [address];
     mad.lo.u32 b, row, {8 * s.limbs - 1}, b;
-    mov.b64 base, %by_word;
+    mov.b64 base, %x_words1;
     mad.wide.u32 address, b, 4, base;"""
     for word in range(8 * s.limbs):
         own = registers("x", word * s.steps, s.steps)
         text += f"""
-    ld.global.nc.v{s.steps}.b32 {own}, [address+{4 * word * s.groups}];"""
+    ld.global.v{s.steps}.b32 {own}, [address+{4 * word * s.groups}];"""
     return text
 
 
@@ -105,6 +108,14 @@ def _fill_table() -> str:
     add.u32 c, c, a;
     st.shared.b32 [c], w;"""
     return text + f"\n    bar.sync 0, {THREADS};"
+
+
+def _keep_apart(s: Shape) -> str:
+    """Have no load done before what precedes it, if there are many registers to load.
+
+    Three limbs of two tasks at once are more than a thread has.
+    """
+    return "\n    bar.warp.sync 0xffffffff;" if s.limbs == 3 else ""
 
 
 def _gated(s: Shape) -> str:
@@ -145,6 +156,7 @@ GATED:"""
     return (
         text
         + next_task(s)
+        + _keep_apart(s)
         + _activations(s)
         + add_up(ROWS)
         # Weights were multiplied by eight times their scale, a whole number.

@@ -1,4 +1,6 @@
-"""A mixture of experts in one launch, in PTX: IQ2_XXS and Q2_K, and Q8_0 of all rows.
+"""A layer's second half in one launch, in PTX: streams, router and experts.
+
+Of experts those in IQ2_XXS and Q2_K, and one in Q8_0 of all rows.
 
 `experts` by Triton waits for weights in registers, and looks codes up through the L1
 cache.  Here the copy engine brings weights into shared memory, a task ahead, every lane
@@ -18,16 +20,15 @@ other, so that they have to have the multiprocessors for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from ds4jax.pallas import iq2_xxs, ptx
-from ds4jax.pallas.experts import Experts, packed
-from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes
+from ds4jax.pallas import hc_ptx, iq2_xxs, ptx
+from ds4jax.pallas.experts import FORMATS, Experts, packed
+from ds4jax.pallas.fixed_point import GROUP, Order, shapes
+from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.moe_program import program
 from ds4jax.pallas.moe_shape import (
@@ -49,27 +50,43 @@ _ROUTED = ["IQ2_XXS", "IQ2_XXS", "Q2_K"]
 _GATED = "grid", "signs", "d"
 """Planes of gate and up."""
 
+ORDERS = Order(), FORMATS["IQ2_XXS"].order
+"""Of the rows in fixed point: that of the shared expert, and the others'."""
+
 
 def programs(
-    router: Router, routed: Experts, shared: Experts, activation: object
+    reading: Reading,
+    router: Router,
+    routed: Experts,
+    shared: Experts,
+    activation: object,
 ) -> int:
     """Return how many programs `multiply` would have: one for each multiprocessor.
 
-    0 if it is not for these experts, or not for the device that there is.
+    0 if it is not for such operands, or not for the device that there is.
     """
-    return ptx.programs() if serves(router, routed, shared, activation) else 0
+    count = ptx.programs()
+    served = count and serves(reading, router, routed, shared, activation, count)
+    return count if served else 0
 
 
 def serves(
-    router: Router, routed: Experts, shared: Experts, activation: object
+    reading: Reading,
+    router: Router,
+    routed: Experts,
+    shared: Experts,
+    activation: object,
+    programs: int,
 ) -> bool:
-    """Say whether `multiply` is for these experts, on a GPU that has what it needs.
+    """Say whether `multiply` is for such operands, on a GPU that has what it needs.
 
     Args:
+      reading: of the streams.
       router: chooses experts.
       routed: stacks of experts.
       shared: the one of all rows.
       activation: of all of them.
+      programs: that run side by side.
     """
     formats = [w.format if isinstance(w, QuantTensor) else "" for w in routed]
     if formats != _ROUTED or not all(is_q8_0(w) for w in shared):
@@ -87,65 +104,91 @@ def serves(
         return False
     if packed(shared)[0].shape[0] != HIDDEN or experts % LOGITS:
         return False
-    shape = _shape(1, 1, router, width, out, "float32", 0, experts)
-    return shape.shared <= ptx.SHARED
+    if not hc_ptx.serves(reading, ORDERS):
+        return False
+    rows = len(reading.streams)
+    found = shape(rows, reading, router, out, 0.0, programs)
+    return found.shared <= ptx.SHARED
 
 
 def multiply(
-    x: Float[Array, "R In"],
-    fixed: Sequence[FixedPoint],
+    reading: Reading,
     ids: Int[Array, "R U"] | None,
     router: Router,
     routed: Experts,
     shared: Experts,
     activation: Swiglu,
-    dtype: str,
     width: int,
     programs: int,
-) -> tuple[Float[Array, "R Out"], Float[Array, "R Out"], Int[Array, "R U"]]:
+) -> tuple[
+    Float[Array, "R Out"],
+    Float[Array, "R Out"],
+    Int[Array, "R U"],
+    Float[Array, "R M D"],
+    Float[Array, "R M"],
+    Float[Array, "R M M"],
+]:
     """Return what the shared expert makes of rows, those they chose, and which.
 
+    After that come, as of `hyper_connection.read`, the streams, `post` and `mix`.
+
     Args:
-      x: the rows.
-      fixed: the same in fixed point, in the order of Q8_0 and in that of IQ2_XXS.
+      reading: of the streams, from which the rows follow.
       ids: of the rows' experts, if that is known.
       router: chooses experts else.
       routed: stacks of experts.
       shared: the one of all rows.
       activation: of all of them.
-      dtype: operand type.
       width: for how many of the R rows to compute; the others' results are copies of
         the last of these.
       programs: that run side by side; the result is the same whatever their number.
     """
-    rows, into = x.shape
     *_, down = packed(routed)
     _, out, _ = down.shape
-    shape = _shape(width, rows, router, into, out, dtype, activation.limit, programs)
-    *_, chosen, own, found = ptx.launch(
-        f"moe_{width}x{shape.each}x{out}x{into}",
-        program(shape),
-        operands(shape, x, fixed, ids, router, routed, shared),
-        written(shape),
-        shape.shared,
+    s = shape(width, reading, router, out, activation.limit, programs)
+    results = ptx.launch(
+        f"moe_{width}x{s.each}x{out}x{s.hc.width}",
+        program(s),
+        operands(s, reading, ids, router, routed, shared),
+        written(s),
+        s.shared,
         programs,
         THREADS // LANES,
     )
-    return own, found, chosen
+    names = s.operands[-1 - len(results) : -1]
+    found = {"streams": reading.streams} | dict(zip(names, results, strict=True))
+    return (
+        found["to_shexp"], found["to_routed"], found["ids"], found["streams"],
+        found["post"], found["mix"],
+    )  # fmt: skip
 
 
-def _shape(width, rows, router, into, out, dtype, limit, programs) -> Shape:
+def shape(
+    width: int,
+    reading: Reading,
+    router: Router,
+    out: int,
+    limit: float,
+    programs: int,
+) -> Shape:
+    """Return what programs are made for; the arguments are those of `multiply`.
+
+    Args:
+      out: rows of a weight of down.
+      limit: of the SwiGLU.
+      width, reading, router, programs: as they are.
+    """
+    hc = hc_ptx.shape(reading, ORDERS, width, programs)
     routing = Routing(
         router.weight.shape[0], router.bias is None, router.scale, router.smallest
     )
-    sizes = into // GROUP, out, dtype, limit, programs
-    return Shape(width, rows - width, router.used, routing, *sizes)
+    sizes = hc.groups, out, hc.dtype, limit, programs
+    return Shape(width, hc.copied_rows, router.used, routing, *sizes, hc)
 
 
 def operands(
     s: Shape,
-    x: Array,
-    fixed: Sequence[FixedPoint],
+    reading: Reading,
     ids: Array | None,
     router: Router,
     routed: Experts,
@@ -153,12 +196,11 @@ def operands(
 ) -> list[Array]:
     """Return what a program reads, in its order."""
     gate, up, down = (w.planes for w in packed(routed))
-    own, by_word = fixed
     chooses, known = router.weight, router.bias if ids is None else ids
     assert known is not None and not isinstance(chooses, QuantTensor)
     return [
-        x, own.words, by_word.words, own.scale, jnp.asarray(chooses), known,
-        jnp.asarray(_table()), *(w[n] for w in (gate, up) for n in _GATED),
+        *hc_ptx.operands(reading), jnp.asarray(chooses), known, jnp.asarray(_table()),
+        *(w[n] for w in (gate, up) for n in _GATED),
         *(down[n] for n in ("quants", "scales", "d", "dmin")),
         *(w.planes[n] for w in packed(shared) for n in ("quants", "d")),
         jnp.zeros(s.counters, jnp.uint32),
@@ -170,6 +212,7 @@ def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
     rows, array = s.rows + s.copied_rows, jax.ShapeDtypeStruct
     result = array((rows, s.out), jnp.float32)
     return [
+        *hc_ptx.written(s.hc),
         array((s.rows, s.routing.experts), jnp.uint32),
         array((s.rows, s.routing.experts), jnp.float32),
         array((s.rows, HIDDEN), jnp.float32),

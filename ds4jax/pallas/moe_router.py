@@ -46,8 +46,8 @@ def _keys(s: Shape) -> int:
     return pl.cdiv(s.routing.experts, LANES)
 
 
-def load_logits(s: Shape) -> str:
-    """Load a thread's columns of the weights of `piece`, or the last, and of a row.
+def load_router(s: Shape) -> str:
+    """Load a thread's columns of the weights of `piece`, or the last.
 
     A program does so before all else: whatever is copied is then behind them.
     """
@@ -63,11 +63,11 @@ def load_logits(s: Shape) -> str:
             own = registers("weight", expert * columns + column, 4)
             text += f"""
     ld.global.nc.v4.b16 {own}, [address+{2 * (expert * width + column)}];"""
-    return text + "\n    mov.u32 own_row, 0;" + _load_row(s)
+    return text
 
 
-def _load_row(s: Shape) -> str:
-    """Load a thread's columns of row `own_row`."""
+def load_row(s: Shape) -> str:
+    """Load a thread's columns of row `own_row`, as other programs have written it."""
     columns = _columns(s)
     text = f"""
     mul.lo.u32 a, own_row, {s.groups * GROUP};
@@ -76,7 +76,7 @@ def _load_row(s: Shape) -> str:
     mad.wide.u32 address, a, 4, base;"""
     for column in range(0, columns, 4):
         own = registers("x_of", column, 4)
-        text += f"\n    ld.global.nc.v4.f32 {own}, [address+{4 * column}];"
+        text += f"\n    ld.global.v4.f32 {own}, [address+{4 * column}];"
     return text
 
 
@@ -107,7 +107,7 @@ LOGITS_OF_ROW:"""
     add.u32 own_row, own_row, 1;
     setp.ge.u32 p, own_row, {s.rows};
     @p bra ADDED;"""
-    text += _load_row(s)
+    text += load_row(s)
     text += """
     bra LOGITS_OF_ROW;
 ADDED:
@@ -116,13 +116,8 @@ ADDED:
     text += f"""
     add.u32 turn, turn, 1;
     add.u32 piece, piece, {s.programs};"""
-    return (
-        text
-        + load_logits(s)
-        + """
-    bra LOGITS;
-ROUTED:"""
-    )
+    text += load_router(s) + "\n    mov.u32 own_row, 0;" + load_row(s)
+    return text + "\n    bra LOGITS;\nROUTED:"
 
 
 def write_probabilities(s: Shape) -> str:

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
 from ds4jax.pallas.moe_router import choose, weigh, write_probabilities
-from ds4jax.pallas.moe_shape import LOGITS, SERVICE, THREADS, WARPS, Shape
+from ds4jax.pallas.moe_shape import (
+    EARLY_HALVES,
+    LOGITS,
+    SERVICE,
+    THREADS,
+    WARPS,
+    Shape,
+)
 from ds4jax.pallas.moe_shexp import fix_hidden, write_gated
 from ds4jax.pallas.ptx import LANES, divide, start_barriers, wait
 
@@ -74,19 +81,29 @@ OTHERS:
 def _shexp_weights(s: Shape) -> str:
     """Set barriers up and have the weights of the shared expert's tasks copied.
 
-    The router's go first: all programs wait for what all of them make of it.
+    What the multiplying warps load first is on its way by then, and what they make of
+    it, for which all programs wait, goes before all but EARLY_HALVES.
     """
+    router = _await_router(s)
     text = start_barriers(s.barriers)
     text += f"""
     bar.warp.sync 0xffffffff;
-    bar.arrive 0, {THREADS};
-    mov.u32 tile, %ctaid.x;
-    setp.ge.u32 p, tile, {s.routing.experts // LOGITS};
-    @p bra COPY_SHEXP;"""
-    text += wait("ROUTER_READ", f"shared+{s.added}", "0")
+    bar.sync 0, {THREADS};
+    mov.u32 tile, %ctaid.x;"""
+    if EARLY_HALVES == 0:
+        text += router
     task = slots.wait_for("SHEXP_GATED_ROOM", s.settled, "number", 2)
-    task += slots.copy_shexp_gated(s)
+    task += slots.copy_shexp_gated(s, router if EARLY_HALVES == 1 else "")
     return text + slots.each_shexp_task(s, "COPY_SHEXP", task)
+
+
+def _await_router(s: Shape) -> str:
+    """Wait until a program's first logits are there, if it has any to compute."""
+    text = f"""
+    mov.u32 a, %ctaid.x;
+    setp.ge.u32 p, a, {s.routing.experts // LOGITS};
+    @p bra ROUTER_USED;"""
+    return text + wait("ROUTER_READ", f"shared+{s.added}", "0") + "\nROUTER_USED:"
 
 
 def _routed_weights(s: Shape) -> str:

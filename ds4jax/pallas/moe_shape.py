@@ -6,21 +6,24 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
+from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
 from ds4jax.pallas.ptx import LANES
 from ds4jax.pallas.ptx_fixed_point import Counter
 
-OPERANDS = (
-    "x", "words", "by_word", "scale", "router", "bias_or_ids", "table", "gate_grid",
-    "gate_signs", "gate_d", "up_grid", "up_signs", "up_d", "quants", "scales", "d",
-    "dmin", "shexp_gate_quants", "shexp_gate_d", "shexp_up_quants", "shexp_up_d",
-    "shexp_quants", "shexp_d", "counters", "keys", "probabilities", "shexp_hidden",
-    "shexp_words", "shexp_scale", "hidden_words", "hidden_scale", "hidden_sums",
-    "ids", "to_shexp", "to_routed", "shared",
+_READ = (
+    "router", "bias_or_ids", "table", "gate_grid", "gate_signs", "gate_d", "up_grid",
+    "up_signs", "up_d", "quants", "scales", "d", "dmin", "shexp_gate_quants",
+    "shexp_gate_d", "shexp_up_quants", "shexp_up_d", "shexp_quants", "shexp_d",
+    "counters",
 )  # fmt: skip
-"""Addresses that a program is given: `%name` in the text, `$i` in the end.
+_WRITTEN = (
+    "keys", "probabilities", "shexp_hidden", "shexp_words", "shexp_scale",
+    "hidden_words", "hidden_scale", "hidden_sums", "ids", "to_shexp", "to_routed",
+)  # fmt: skip
+"""Names of operands besides the hyper connection's.
 
-`shexp` is the shared expert, as in GGUF, and `shared` the memory.
+`shexp` is the shared expert, as in GGUF.
 """
 
 WARPS = 8
@@ -62,6 +65,13 @@ ORDER = Order(levels=4)
 LOGITS = 2
 """Of experts, that a program computes together."""
 
+EARLY_HALVES = 1
+"""Of a task's weights, that are copied before a program has computed its logits.
+
+They are on their way while programs read the streams; of two, the copies of all tasks
+for which there is room would be.
+"""
+
 
 class Routing(NamedTuple):
     """How rows choose experts.
@@ -92,6 +102,7 @@ class Shape(NamedTuple):
       dtype: of operands.
       limit: of the SwiGLU.
       programs: that run side by side.
+      hc: the reading of the streams that comes first.
     """
 
     rows: int
@@ -103,6 +114,21 @@ class Shape(NamedTuple):
     dtype: str
     limit: float
     programs: int
+    hc: hc_shape.Shape
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Return what a program is given addresses of: `%name` in the text, then `$i`.
+
+        The last is shared memory.
+        """
+        read, written = self.hc.read_operands, self.hc.written_operands
+        return *read, *_READ, *written, *_WRITTEN, "shared"
+
+    @property
+    def place(self) -> hc_shape.Place:
+        """Return where that has room for what programs share."""
+        return hc_shape.Place(self.added + 8 * self.pieces, self.at_hc, barrier=2)
 
     @property
     def limbs(self) -> int:
@@ -141,8 +167,8 @@ class Shape(NamedTuple):
 
     @property
     def counters(self) -> int:
-        """Return how many counters there are, in the order of those."""
-        return self.at_finished // 4 + self.parts
+        """Return how many counters there are: those, and the hyper connection's."""
+        return self.at_hc // 4 + self.hc.counters
 
     @property
     def at_made(self) -> int:
@@ -158,6 +184,12 @@ class Shape(NamedTuple):
     def at_finished(self) -> int:
         """Return how many bytes after it those of the parts begin."""
         return self.at_fixed + 4
+
+    @property
+    def at_hc(self) -> int:
+        """Return how many bytes after it those of the hyper connection begin."""
+        apart = 4 * hc_shape.APART
+        return pl.cdiv(self.at_finished + 4 * self.parts, apart) * apart
 
     @property
     def steps(self) -> int:
@@ -343,4 +375,4 @@ class Shape(NamedTuple):
     @property
     def shared(self) -> int:
         """Return the bytes of shared memory."""
-        return self.added + 8 * self.pieces
+        return self.place.shared + self.hc.shared

@@ -49,6 +49,7 @@ def _read_row(s: Shape) -> str:
     """Read a lane's groups of a row of activations: every LANES-th.
 
     Of lanes that follow each other four begin with the second half of each group.
+    What is read here has just been written, as in `moe_program`.
     """
     width = s.groups * GROUP
     text = f"""
@@ -57,7 +58,7 @@ def _read_row(s: Shape) -> str:
     add.u32 b, a, own_half;
     xor.b32 c, own_half, {GROUP // 2};
     add.u32 c, a, c;
-    mov.b64 base, %words;
+    mov.b64 base, %x_words0;
     mad.wide.u32 address, b, 1, base;
     mad.wide.u32 base, c, 1, base;"""
     for limb in range(s.limbs):
@@ -65,15 +66,15 @@ def _read_row(s: Shape) -> str:
             x = 8 * (limb * s.steps + step)
             place = limb * width + step * LANES * GROUP
             text += f"""
-    ld.global.nc.v4.b32 {registers("x", x, 4)}, [address+{place}];
-    ld.global.nc.v4.b32 {registers("x", x + 4, 4)}, [base+{place}];"""
+    ld.global.v4.b32 {registers("x", x, 4)}, [address+{place}];
+    ld.global.v4.b32 {registers("x", x + 4, 4)}, [base+{place}];"""
     text += f"""
     mad.lo.u32 a, own_row, {s.groups}, lane;
-    mov.b64 base, %scale;
+    mov.b64 base, %x_scale;
     mad.wide.u32 address, a, 4, base;"""
     for step in range(s.steps):
         text += f"""
-    ld.global.nc.f32 scale{step}, [address+{4 * LANES * step}];"""
+    ld.global.f32 scale{step}, [address+{4 * LANES * step}];"""
     return text
 
 

@@ -80,8 +80,8 @@ def copy_gated(s: Shape) -> str:
     )
 
 
-def copy_shexp_gated(s: Shape) -> str:
-    """Copy task `tile` of the shared expert's gate and up."""
+def copy_shexp_gated(s: Shape, between: str) -> str:
+    """Copy task `tile` of the shared expert's gate, do what is between, and copy up."""
     gate, up = (
         [
             (f"shexp_{weight}_{name}", "c", size // WARPS, size)
@@ -90,7 +90,7 @@ def copy_shexp_gated(s: Shape) -> str:
         for weight in ("gate", "up")
     )
     return f"""
-    mul.lo.u32 c, tile, {WARPS};""" + _halves(s, "SHEXP_GATED", gate, "", up)
+    mul.lo.u32 c, tile, {WARPS};""" + _halves(s, "SHEXP_GATED", gate, between, up)
 
 
 def copy_shexp(s: Shape) -> str:

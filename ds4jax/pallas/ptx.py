@@ -162,11 +162,20 @@ def store_row(
       copied: how many copies.
       nbytes: of a row.
     """
-    text = f"""
-    @{guard} st.global.f32 [address], {value};
-    setp.eq.and.u32 {guard}, {row}, {rows - 1}, {guard};"""
+    return f"\n    @{guard} st.global.f32 [address], {value};" + store_copies(
+        value, guard, row, rows, copied, nbytes, "address"
+    )
+
+
+def store_copies(
+    value: str, guard: str, row: str, rows: int, copied: int, nbytes: int, at: str
+) -> str:
+    """Write the copies of `store_row` alone, for a row that is at `at`."""
+    if not copied:
+        return ""
+    text = f"\n    setp.eq.and.u32 {guard}, {row}, {rows - 1}, {guard};"
     for i in range(1, copied + 1):
-        text += f"\n    @{guard} st.global.f32 [address+{i * nbytes}], {value};"
+        text += f"\n    @{guard} st.global.f32 [{at}+{i * nbytes}], {value};"
     return text
 
 

@@ -1,0 +1,56 @@
+"""A hyper connection's reading of the streams at the beginning of a launch in PTX.
+
+By launches of their own (`hyper_connection`) it takes 7.5 us before a block begins, in
+which no weight of the block is on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ds4jax.pallas import hc_shape
+from ds4jax.pallas.fixed_point import Order, shapes
+from ds4jax.pallas.hc_shape import MAPS, SUMS, Shape
+from ds4jax.pallas.hyper_connection import Reading
+
+
+def serves(reading: Reading, orders: Sequence[Order]) -> bool:
+    """Say whether a launch can begin with it."""
+    rows, m, d = reading.streams.shape
+    return hc_shape.serves(m, d, rows, reading.fn.dtype.name, orders)
+
+
+def shape(
+    reading: Reading, orders: Sequence[Order], width: int, programs: int
+) -> Shape:
+    """Return what programs are made for, that compute `width` rows."""
+    (rows, _, d), c, update = reading.streams.shape, reading.config, reading.update
+    assert len(reading.fn) == MAPS
+    return Shape(
+        width, rows - width, d, len(update[0]) if update else 0, reading.fn.dtype.name,
+        c.dtype, tuple(orders), programs, c.sinkhorn_iters, c.hc_eps, c.rms_eps,
+    )  # fmt: skip
+
+
+def operands(reading: Reading) -> list[Array]:
+    """Return what a program reads of it, in its order."""
+    parts, *of_streams = reading.update or ((),)
+    weights = reading.fn, reading.base, reading.scale, reading.norm
+    return [reading.streams, *parts, *of_streams, *weights]
+
+
+def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
+    """Return what programs write of it, in their order."""
+    rows, m = s.rows + s.copied_rows, hc_shape.STREAMS
+    array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    fixed = [shapes(s.rows, s.width, s.dtype, order) for order in s.orders]
+    _, scale, _ = fixed[0]
+    return [
+        *([array(rows, m, s.width)] if s.parts else []),
+        array(s.groups, s.rows, SUMS), array(rows, s.width),
+        *(words for words, *_ in fixed), scale, array(rows, m), array(rows, m, m),
+    ]  # fmt: skip
