@@ -141,6 +141,12 @@ def assert_near(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], row
     ],
 )
 def test_programs_read_streams_as_the_model_does(dtype, rows, programs, parts, fn):
+    """Seen red without each of the waits and meetings, and with faults of values.
+
+    A counter that wraps late; the norm's weight or the streams of another group; `mix`
+    transposed, a part left out, pairs of streams counted once or of other streams, no
+    `hc_eps`, Sinkhorn without its last round, copies of `x` left out.
+    """
     found = run(dtype, rows, programs, parts, fn)
     assert_near(found, expected(reading(dtype, parts, fn)), rows)
     for name in NEAR:

@@ -21,6 +21,7 @@ from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
 from ds4jax.pallas import moe_program, moe_ptx, ptx
 from ds4jax.pallas.experts import Experts
+from ds4jax.pallas.fixed_point import LIMBS
 from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.moe_shape import HIDDEN, THREADS
 from ds4jax.pallas.passes import DecodePass, within
@@ -164,13 +165,23 @@ def test_whatever_the_number_of_rows_and_programs():
     """The same bits, by as many as a GPU has, and by two, of which one has two blocks.
 
     Of many, who waits for none of the others is early.  Seen red without the waits for
-    logits, for all of them, for experts, for the shared expert's values, their group
-    and all of them; with ties going to the last expert, no bias, up for gate, and a
-    counter that wraps too late.
+    sums of the streams, for the input, for logits, for all of them, for experts, for
+    the shared expert's values, their group and all of them; with ties going to the last
+    expert, no bias, up for gate, and a counter that wraps too late.
     """
     whole = run("bfloat16", 2048, 1, 2, 2)
     for name in ("ids", "to_shexp", "to_routed", *hc.NEAR):
         same(run("bfloat16", 2048, 1, 1, 140)[name][0], whole[name][0])
+
+
+def test_memory_is_enough_for_all_rows():
+    """Of a decode pass, at the shape of Flash."""
+    own = router(4096, 6)
+    for dtype in LIMBS:
+        given = hc.reading(dtype, 1, width=4096, rows=8)
+        for rows in range(1, 9):
+            s = moe_ptx.shape(rows, given, own, 4096, ACTIVATION.limit, 132)
+            assert s.shared <= ptx.SHARED
 
 
 @pytest.mark.parametrize("hashed", [False, True])

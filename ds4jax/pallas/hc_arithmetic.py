@@ -20,10 +20,10 @@ from ds4jax.pallas.ptx import LANES, add_lanes, add_up, divide, number
 _ADDED_UP = 8
 """Sums that a warp adds up together: a power of two, of which SUMS_EACH are there."""
 
-LOGITS = STREAMS * STREAMS
+CELLS = STREAMS * STREAMS
 """Lanes that have a cell of a row's matrix: the first ones."""
 
-_PRE, POST = LOGITS, LOGITS + STREAMS
+_PRE, POST = CELLS, CELLS + STREAMS
 """Lanes after them: of the streams' weights in the input, and of the output's."""
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.hc_arithmetic import (
-    LOGITS,
+    CELLS,
     POST,
     find_pairs,
     merge,
@@ -59,7 +59,7 @@ def declare(s: Shape) -> str:
     .reg .b32 hc_group, hc_channel, hc_slot, hc_first<{SUMS_EACH - MAPS_EACH}>;
     .reg .b32 hc_second<{SUMS_EACH - MAPS_EACH}>, hc_map;
     .reg .b64 hc_far;
-    .reg .f32 hc_fn<{MAPS_EACH * STREAMS}>, hc_stream<{STREAMS}>, hc_mix<{LOGITS}>;
+    .reg .f32 hc_fn<{MAPS_EACH * STREAMS}>, hc_stream<{STREAMS}>, hc_mix<{CELLS}>;
     .reg .f32 hc_post<{STREAMS}>, hc_part<{max(s.parts, 1)}>, hc_base, hc_scale;
     .reg .f32 hc_norm, hc_pre<{STREAMS}>, hc_gate, hc_inverse, hc_cell, hc_x;
     .reg .f32 hc_term<{2 * s.terms}>;"""
@@ -72,7 +72,8 @@ def _is_half(s: Shape) -> bool:
 
 def load(s: Shape, place: Place) -> str:
     """Have all on its way that is read of a program's first group, and of all."""
-    # The weights of the logits come last among maps, and here first.
+    # The matrix's cells come last among maps, and here first: lanes of a row of it, or
+    # of a column, then differ in two bits.
     text = f"""
     mov.u32 hc_group, %ctaid.x;
     mad.lo.u32 hc_slot, lane, 4, shared;
@@ -109,8 +110,8 @@ def _load_group(s: Shape, label: str) -> str:
     if s.parts:
         text += f"""
     mov.b64 base, %hc_mix;
-    mad.wide.u32 address, warp, {4 * LOGITS}, base;"""
-        for j in range(0, LOGITS, 4):
+    mad.wide.u32 address, warp, {4 * CELLS}, base;"""
+        for j in range(0, CELLS, 4):
             own = registers("hc_mix", j, 4)
             text += f"\n    ld.global.nc.v4.f32 {own}, [address+{4 * j}];"
         text += f"""
@@ -368,9 +369,9 @@ def _write_weights(s: Shape) -> str:
     text += store_row("f", "p", "warp", s.rows, s.copied_rows, 4 * STREAMS)
     text += sinkhorn(s)
     text += f"""
-    and.b32 a, lane, {LOGITS - 1};
-    mad.lo.u32 a, warp, {LOGITS}, a;
+    and.b32 a, lane, {CELLS - 1};
+    mad.lo.u32 a, warp, {CELLS}, a;
     mov.b64 base, %mix;
     mad.wide.u32 address, a, 4, base;
-    setp.lt.u32 p, lane, {LOGITS};"""
-    return text + store_row("hc_cell", "p", "warp", s.rows, s.copied_rows, 4 * LOGITS)
+    setp.lt.u32 p, lane, {CELLS};"""
+    return text + store_row("hc_cell", "p", "warp", s.rows, s.copied_rows, 4 * CELLS)
