@@ -5,6 +5,7 @@ What a GPU makes of the same text is tested in `gpu_test.py`.
 
 import functools
 
+import hc_ptx_test as hc
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from ds4jax import synthetic
 from ds4jax.pallas import attn_maps, attn_maps_program
 from ds4jax.pallas.attn_maps import Maps
 from ds4jax.pallas.attn_maps_shape import WARPS
-from ds4jax.pallas.fixed_point import LIMBS, fix
+from ds4jax.pallas.fixed_point import LIMBS
 from ds4jax.pallas.ptx import SHARED
 from ds4jax.quant import QuantTensor, dequantize
 
@@ -56,36 +57,44 @@ def maps() -> Maps:
 
 
 @functools.cache
-def run(dtype: str, rows: int, programs: int, room: int = SHARED) -> list[np.ndarray]:
-    """Return what programs write; the rows not to be computed are NaNs."""
-    x = drawn(7, WRITTEN, INPUT).at[rows:].set(jnp.nan)
-    s = attn_maps._shape(maps(), dtype, programs, rows, WRITTEN)._replace(room=room)
-    given = attn_maps.operands(s, x, fix(x, dtype, interpret=True), maps())
+def run(
+    dtype: str, rows: int, programs: int, room: int = SHARED
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Return what programs write, and products; rows not to be computed are NaNs."""
+    read = hc.first_rows(hc.reading(dtype, 2, width=INPUT), rows)
+    s = attn_maps.shape(rows, read, maps(), programs)._replace(room=room)
+    assert s.slots >= 2
+    given = attn_maps.operands(s, read, maps())
     # NaNs where nothing is written.
-    written = [np.full(a.shape, np.nan, np.float32) for a in attn_maps.written(s)]
+    written = [
+        np.full(array.shape, -1, np.int32).view(array.dtype)
+        for array in attn_maps.written(s)
+    ]
     operands = [*map(np.array, given), *written]
     Machine(attn_maps_program.program(s), operands, s.shared, WARPS).run(programs, rows)
-    same(operands[s.operands.index("counters")], 0)
-    return written
+    found = dict(zip(s.operands[:-1], operands, strict=True))
+    same(found["counters"], 0)
+    return found, [found[m.out] for m in s.maps]
 
 
-def expected(dtype: str, latent: np.ndarray) -> list[np.ndarray]:
-    """Return each map's products, those of the latent of one that was found."""
+def expected(dtype: str, x: np.ndarray, latent: np.ndarray) -> list[np.ndarray]:
+    """Return each map's products, of an input and a latent that were found."""
     value = lambda w: np.asarray(dequantize(w), np.float64)  # noqa: E731
     rounded = lambda x: np.asarray(jnp.asarray(x).astype(dtype), np.float64)  # noqa: E731
-    found, own = maps(), latent.astype(np.float64)
+    weights, own = maps(), latent.astype(np.float64)
     mean = np.mean(own**2, -1, keepdims=True)
-    normed = own / np.sqrt(mean + EPS) * np.asarray(found.norm[0], np.float64)
-    x = rounded(drawn(7, WRITTEN, INPUT)[: len(latent)])
-    first = [x @ value(w).T for w in found.first]
-    return first + [rounded(normed) @ value(w).T for w in found.second]
+    normed = own / np.sqrt(mean + EPS) * np.asarray(weights.norm[0], np.float64)
+    first = [rounded(x) @ value(w).T for w in weights.first]
+    return first + [rounded(normed) @ value(w).T for w in weights.second]
 
 
 @pytest.mark.parametrize("room", [SHARED, SCARCE])
 @pytest.mark.parametrize("dtype", LIMBS)
 def test_a_program_computes_all_maps(dtype, room):
-    found = run(dtype, ROWS, 5, room)
-    for own, product in zip(found, expected(dtype, found[0][:ROWS]), strict=True):
+    found, products = run(dtype, ROWS, 5, room)
+    hc.assert_near(found, hc.expected(hc.reading(dtype, 2, width=INPUT)), ROWS)
+    of_own = expected(dtype, found["x"][:ROWS], products[0][:ROWS])
+    for own, product in zip(products, of_own, strict=True):
         error = np.max(abs(own[:ROWS] - product))
         assert error <= NEAR[dtype] * np.max(abs(product))
         same(own[ROWS:], np.repeat(own[ROWS - 1][None], WRITTEN - ROWS, 0))
@@ -93,7 +102,8 @@ def test_a_program_computes_all_maps(dtype, room):
 
 def test_whatever_the_number_of_rows_and_programs():
     """The same bits, and whatever there is room for."""
-    whole = run("bfloat16", 4, 2, SCARCE)
+    _, whole = run("bfloat16", 4, 8, SCARCE)
     for rows, programs in ((1, 1), (2, 40)):
-        for own, other in zip(run("bfloat16", rows, programs), whole, strict=True):
+        _, found = run("bfloat16", rows, programs)
+        for own, other in zip(found, whole, strict=True):
             same(own[:rows], other[:rows])

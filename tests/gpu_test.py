@@ -20,6 +20,7 @@ from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
 from ds4jax.model.attention import Attention
+from ds4jax.model.attention_input import project_streams
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
@@ -135,32 +136,57 @@ def of_layer(config: ModelConfig, layer: int) -> dict[str, Weight]:
     }
 
 
+def drawn_streams(config: ModelConfig) -> tuple[jax.Array, Update]:
+    """Return streams of eight rows, and what is to be merged into them."""
+    sizes = (4, config.hidden), (config.hidden,), (4,), (4, 4)
+    keys = jax.random.split(jax.random.key(6), len(sizes))
+    streams, output, post, mix = (
+        jax.random.normal(key, (1, 8, *size))
+        for key, size in zip(keys, sizes, strict=True)
+    )
+    return streams, Update((output,), post, mix)
+
+
+def assert_same_by_width(name: str, run, *operands):
+    """Assert that a launch gives the same bits at every width, if the GPU has it."""
+    if name not in run.lower(8, *operands).as_text():
+        pytest.skip("this GPU has no such programs")
+    whole = run(8, *operands)
+    for width in (1, 2, 3, 4):
+        for found, expected in zip(run(width, *operands), whole, strict=True):
+            same(found[0, :width], expected[0, :width])
+            same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
+
+
+def assert_near(whole, by_triton, dtype: str):
+    """Assert that results differ by what an operand rounded otherwise makes of them."""
+    for found, expected in zip(whole, by_triton, strict=True):
+        near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype] * np.max(abs(expected))
+        assert np.max(abs(found - expected)) <= near
+
+
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("dtype", LIMBS)
 def test_maps_of_the_input_in_ptx_and_by_triton(dtype, layer, monkeypatch):
     """The same but for the order of sums; in PTX, the same bits at every width."""
     config = ModelConfig.flash(experts=8, dtype=dtype)
     own, ratio = of_layer(config, layer), config.compress_ratios[layer]
-    x = jax.random.normal(jax.random.key(7), (1, 8, config.hidden))
+    streams, update = drawn_streams(config)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(width, x, own):
+    def run(width, streams, update, own):
+        norm = RMSNorm(own["attn_norm.weight"], config.rms_eps)
+        connection = HyperConnection(config, scope(own, "hc_attn_"))
+        attention = Attention(config, ratio, own)
         with within(DecodePass(width, jnp.int32(width))):
-            found = Attention(config, ratio, own).project_input(x, fix(x[0], dtype))
+            found = project_streams(attention, connection, norm, streams, update)
         return jax.tree.leaves(found)
 
-    if "attn_maps_8x" not in run.lower(8, x, own).as_text():
-        pytest.skip("this GPU has no such programs")
-    whole = run(8, x, own)
-    for width in (1, 2, 3, 4):
-        for found, expected in zip(run(width, x, own), whole, strict=True):
-            same(found[0, :width], expected[0, :width])
-            same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
+    assert_same_by_width("attn_maps_8x", run, streams, update, own)
+    whole = run(8, streams, update, own)
     monkeypatch.setattr(attn_maps, "programs", lambda *_: 0)
     jax.clear_caches()
-    for found, expected in zip(whole, run(8, x, own), strict=True):
-        near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype] * np.max(abs(expected))
-        assert np.max(abs(found - expected)) <= near
+    assert_near(whole, run(8, streams, update, own), dtype)
 
 
 @pytest.mark.parametrize("hashed", [False, True])
@@ -172,12 +198,7 @@ def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     """
     config = ModelConfig.flash(experts=64, dtype=dtype)
     own = of_layer(config, 0 if hashed else config.hash_layers)
-    sizes = (4, config.hidden), (config.hidden,), (4,), (4, 4)
-    keys = jax.random.split(jax.random.key(6), len(sizes))
-    streams, output, post, mix = (
-        jax.random.normal(key, (1, 8, *size))
-        for key, size in zip(keys, sizes, strict=True)
-    )
+    streams, update = drawn_streams(config)
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -189,19 +210,12 @@ def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
             parts, *others = moe.of_streams(connection, norm, streams, update, tokens)
         return *parts, *others
 
-    operands = streams, Update((output,), post, mix), own
-    if "moe_8x6" not in run.lower(8, *operands).as_text():
-        pytest.skip("this GPU has no such programs")
+    operands = streams, update, own
+    assert_same_by_width("moe_8x6", run, *operands)
     whole = run(8, *operands)
-    for width in (1, 2, 3, 4):
-        for found, expected in zip(run(width, *operands), whole, strict=True):
-            same(found[0, :width], expected[0, :width])
-            same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
-    for found, expected in zip(whole, run(8, *operands), strict=True):
-        near = {"float32": 1e-5, "bfloat16": 2e-4}[dtype] * np.max(abs(expected))
-        assert np.max(abs(found - expected)) <= near
+    assert_near(whole, run(8, *operands), dtype)
 
 
 @pytest.mark.parametrize("dtype", LIMBS)

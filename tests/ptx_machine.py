@@ -79,6 +79,7 @@ class Machine:
                 for name in names.split(", "):
                     name, _, count = name.rstrip(">").partition("<")
                     own = [f"{name}{i}" for i in range(int(count))] if count else [name]
+                    assert self.types.keys().isdisjoint(own), own
                     self.types |= dict.fromkeys(own, TYPES[kind[1:].replace("f", "b")])
             else:
                 guard, words = words.split(" ", 1) if words[0] == "@" else ("", words)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.config import CSA_RATIO, ModelConfig
+from ds4jax.model.attention_input import Projected, project_input
 from ds4jax.model.cache import (
     LayerCache,
     Rows,
@@ -24,13 +25,11 @@ from ds4jax.model.cache import (
     extend_tags,
 )
 from ds4jax.model.compressor import Compressor, finished
-from ds4jax.model.indexer import Indexer, Projected
+from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import (
     Linear,
     RMSNorm,
     Weights,
-    project,
-    project_normed,
     rms,
     scope,
 )
@@ -38,7 +37,7 @@ from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
-from ds4jax.pallas import attn_maps, long_attention
+from ds4jax.pallas import long_attention
 from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
@@ -157,9 +156,15 @@ class Attention(nnx.Module):
           The output, the state after, and the indexer's choice (CSA; -1 where fewer
           rows exist than it may pick), else None.
         """
+        return self.attend(project_input(self, x, fixed), cache, rows)
+
+    def attend(
+        self, projected: Projected, cache: LayerCache | None, rows: Rows
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Int[Array, "B T N"] | None]:
+        """Do what a call does, with what `project_input` gives for the rows."""
         c = self.config
-        row, query, pooled, indexed = self.project_input(x, fixed)
-        query = query.reshape(*x.shape[:2], c.heads, c.head_dim)
+        row, query, pooled, indexed = projected
+        query = query.reshape(*row.shape[:2], c.heads, c.head_dim)
         row = self._keep(rotate(self.kv_norm(row), rows.positions, self.table))
 
         view, raw = extend(cache and cache.raw, row, rows)
@@ -168,12 +173,12 @@ class Attention(nnx.Module):
         sources = [Source(view.rows, visible)]
 
         compressor, indexer, chosen = None, None, None
-        if self.ratio:
+        if pooled:
             value, gate = pooled
             compressed, compressor = self.compressor.take_in(
                 value, gate, cache and cache.compressor, rows, self._keep
             )
-            if self.ratio == CSA_RATIO:
+            if indexed:
                 index, picked, indexer = self.indexer.pick(
                     indexed, cache and cache.indexer, rows
                 )
@@ -190,48 +195,6 @@ class Attention(nnx.Module):
             output = self._attend(query, sources, rows.positions)
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
-
-    def project_input(self, x, fixed):
-        """Return what all maps of the input make of it.
-
-        That is the row to keep and the queries, neither normed nor rotated yet, and of
-        layers that have them what the compressor and the indexer take in.
-        """
-
-        def separately(x):
-            q_lora, row = project(x, self.q_a, self.kv, fixed=fixed)
-            query = project_normed(q_lora, self.q_norm, self.q_b)
-            pooled = self.compressor.project(x) if self.ratio else None
-            if self.ratio != CSA_RATIO:
-                return row, query, pooled, None
-            return row, query, pooled, self.indexer.project(x, self.q_norm(q_lora))
-
-        maps, dtype = self._input_maps(), self.config.dtype
-        programs = attn_maps.programs(maps, dtype) if fixed else 0
-
-        def together(width, x):
-            found = attn_maps.multiply(x[0], fixed, maps, dtype, width, programs)
-            _, row, *others = (out[None] for out in found)
-            query = others.pop(len(maps.first) - 2)
-            pooled = tuple(others[:2]) if self.ratio else None
-            indexed = others[2:]
-            return row, query, pooled, Projected(*indexed) if indexed else None
-
-        cuda = together if programs else None
-        return by_kernel(separately, x, cuda=cuda)
-
-    def _input_maps(self) -> attn_maps.Maps:
-        """Return the weights of all maps of the input."""
-        first, second = [self.q_a, self.kv], [self.q_b]
-        if self.ratio:
-            first += [self.compressor.kv, self.compressor.gate]
-        if self.ratio == CSA_RATIO:
-            own = self.indexer
-            first += [own.compressor.kv, own.compressor.gate, own.head_weights]
-            second += [own.query]
-        weights = lambda maps: [m.weight.get_value() for m in maps]  # noqa: E731
-        norm = self.q_norm.weight.get_value(), self.q_norm.eps
-        return attn_maps.Maps(weights(first), norm, weights(second))
 
     def _attend_long(self, query, view, compressed, chosen, rows):
         """Attend with the window of each query or block, not with all of the pass.

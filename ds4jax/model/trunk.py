@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ds4jax.config import ModelConfig
 from ds4jax.model.attention import Attention
+from ds4jax.model.attention_input import project_streams
 from ds4jax.model.cache import DECODE_ROWS, Cache, LayerCache, Rows, row_at
 from ds4jax.model.hyper import HyperConnection, HyperHead, Update
 from ds4jax.model.layers import Linear, RMSNorm, Weights, project_normed, scope
@@ -102,8 +103,10 @@ class Layer(nnx.Module):
 
     def run(self, streams, update, tokens, cache, rows):
         """Do what a call does."""
-        x, fixed, streams, *weights = self.hc_attn(streams, update, self.attn_norm)
-        y, cache, selected = self.attention(x, cache, rows, *fixed)
+        projected, streams, *weights = project_streams(
+            self.attention, self.hc_attn, self.attn_norm, streams, update
+        )
+        y, cache, selected = self.attention.attend(projected, cache, rows)
         update = Update((y,), *weights)
         parts, experts, streams, *weights = self.moe.of_streams(
             self.hc_ffn, self.ffn_norm, streams, update, tokens

@@ -18,18 +18,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ds4jax.pallas import ptx
+from ds4jax.pallas import hc_ptx, ptx
 from ds4jax.pallas.attn_maps_program import program
 from ds4jax.pallas.attn_maps_shape import PART, WARPS, Map, Shape
-from ds4jax.pallas.fixed_point import FixedPoint
+from ds4jax.pallas.fixed_point import Order
+from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.latent import WIDTH
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.passes import Weight
 from ds4jax.pallas.q8_arithmetic import MULTIPLIERS
 from ds4jax.quant import QuantTensor
 
-_ROWS = 8
-"""For which there has to be room."""
+ORDERS = (Order(),)
+"""Of the input in fixed point."""
 
 
 class Maps(NamedTuple):
@@ -46,29 +47,31 @@ class Maps(NamedTuple):
     second: Sequence[Weight]
 
 
-def programs(maps: Maps, dtype: str) -> int:
+def programs(reading: Reading, maps: Maps) -> int:
     """Return how many programs `multiply` would have: one for each multiprocessor.
 
-    0 if it is not for these weights, or not for the device that there is.
+    0 if it is not for such operands, or not for the device that there is.
     """
     count = ptx.programs()
-    return count if count and serves(maps, dtype, count) else 0
+    return count if count and serves(reading, maps, count) else 0
 
 
-def serves(maps: Maps, dtype: str, programs: int) -> bool:
-    """Say whether `multiply` is for these weights, on a GPU that has what it needs.
+def serves(reading: Reading, maps: Maps, programs: int) -> bool:
+    """Say whether `multiply` is for such operands, on a GPU that has what it needs.
 
     Args:
-      maps, dtype, programs: as of `multiply`.
+      reading, maps, programs: as of `multiply`.
     """
     weights, latent = [*maps.first, *maps.second], maps.first[0]
     if not all(_is_served(w) for w in weights) or not is_q8_0(latent):
         return False
-    shape = _shape(maps, dtype, programs, _ROWS, _ROWS)
-    for m in shape.maps:
+    if not hc_ptx.serves(reading, ORDERS):
+        return False
+    s = shape(len(reading.streams), reading, maps, programs)
+    for m in s.maps:
         if not m.parts or m.row % PART or MULTIPLIERS % m.parts or m.rows % m.lines:
             return False
-    return latent.shape[0] == WIDTH and shape.slots >= 2
+    return latent.shape[0] == WIDTH and s.slots >= 2
 
 
 def _is_served(w: Weight) -> bool:
@@ -76,38 +79,51 @@ def _is_served(w: Weight) -> bool:
 
 
 def multiply(
-    x: Float[Array, "R In"],
-    fixed: FixedPoint,
-    maps: Maps,
-    dtype: str,
-    width: int,
-    programs: int,
-) -> list[Float[Array, "R _"]]:
-    """Return rows times each weight, in the order of `Maps`, float32.
+    reading: Reading, maps: Maps, width: int, programs: int
+) -> tuple[
+    list[Float[Array, "R _"]],
+    Float[Array, "R M D"],
+    Float[Array, "R M"],
+    Float[Array, "R M M"],
+]:
+    """Return the block's input times each weight, in the order of `Maps`, float32.
+
+    After that come, as of `hyper_connection.read`, the streams, `post` and `mix`.
 
     Args:
-      x: the rows.
-      fixed: the same in fixed point.
+      reading: of the streams, which gives the input.
       maps: the weights.
-      dtype: operand type.
-      width: how many of the R rows to compute; the others' results are copies of the
-        last of these.
+      width: for how many of the R rows to compute; the others' results are copies of
+        the last of these.
       programs: that run side by side; the result is the same whatever their number.
     """
-    shape = _shape(maps, dtype, programs, width, len(x))
-    found = ptx.launch(
-        f"attn_maps_{width}x{'_'.join(str(m.rows) for m in shape.maps)}",
-        program(shape),
-        operands(shape, x, fixed, maps),
-        written(shape),
-        shape.shared,
+    s = shape(width, reading, maps, programs)
+    results = ptx.launch(
+        f"attn_maps_{width}x{'_'.join(str(m.rows) for m in s.maps)}",
+        program(s),
+        operands(s, reading, maps),
+        written(s),
+        s.shared,
         programs,
         WARPS,
     )
-    return list(found)
+    names = s.operands[-1 - len(results) : -1]
+    found = {"streams": reading.streams} | dict(zip(names, results, strict=True))
+    products = [found[m.out] for m in s.maps]
+    return products, found["streams"], found["post"], found["mix"]
 
 
-def operands(s: Shape, x: Array, fixed: FixedPoint, maps: Maps) -> list[Array]:
+def shape(width: int, reading: Reading, maps: Maps, programs: int) -> Shape:
+    """Return what programs are made for; the arguments are those of `multiply`."""
+    both = [(w, False) for w in maps.first] + [(w, True) for w in maps.second]
+    found = tuple(
+        Map(f"map{i}", is_q8_0(w), w.shape[0], w.shape[1], is_second)
+        for i, (w, is_second) in enumerate(both)
+    )
+    return Shape(found, maps.norm[1], hc_ptx.shape(reading, ORDERS, width, programs))
+
+
+def operands(s: Shape, reading: Reading, maps: Maps) -> list[Array]:
     """Return what a program reads, in its order."""
     planes: list[Array] = []
     for w in (*maps.first, *maps.second):
@@ -115,19 +131,12 @@ def operands(s: Shape, x: Array, fixed: FixedPoint, maps: Maps) -> list[Array]:
             planes += [w.planes["quants"], w.planes["d"]]
         else:
             planes.append(jnp.asarray(w))
-    counters = jnp.zeros(1, jnp.uint32)
-    return [fixed.words, fixed.scale, x, maps.norm[0], *planes, counters]
+    counters = jnp.zeros(s.counters, jnp.uint32)
+    return [*hc_ptx.operands(reading), maps.norm[0], *planes, counters]
 
 
 def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
     """Return what programs write, in their order."""
-    return [jax.ShapeDtypeStruct((s.written, m.rows), jnp.float32) for m in s.maps]
-
-
-def _shape(maps: Maps, dtype, programs, rows, written) -> Shape:
-    both = [(w, False) for w in maps.first] + [(w, True) for w in maps.second]
-    found = tuple(
-        Map(f"map{i}", is_q8_0(w), w.shape[0], w.shape[1], is_second)
-        for i, (w, is_second) in enumerate(both)
-    )
-    return Shape(rows, written, found, dtype, maps.norm[1], programs)
+    rows = s.rows + s.hc.copied_rows
+    products = [jax.ShapeDtypeStruct((rows, m.rows), jnp.float32) for m in s.maps]
+    return [*hc_ptx.written(s.hc), *products]

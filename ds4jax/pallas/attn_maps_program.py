@@ -14,8 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ds4jax.pallas import float16_arithmetic, latent, q8_arithmetic
-from ds4jax.pallas.attn_maps_shape import FINISHERS, PART, SUMS, WARPS, Map, Shape
+from ds4jax.pallas import float16_arithmetic, hc_program, latent, q8_arithmetic
+from ds4jax.pallas.attn_maps_shape import (
+    FINISHERS,
+    MEETING,
+    PART,
+    SUMS,
+    WARPS,
+    Map,
+    Shape,
+)
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.float16_arithmetic import Floats
 from ds4jax.pallas.ptx import (
@@ -28,10 +36,8 @@ from ds4jax.pallas.ptx import (
     store_row,
     wait,
 )
+from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import MULTIPLIERS, ROWS, THREADS, Activations
-
-_MEETING = 1
-"""The barrier at which the warps that multiply meet."""
 
 
 def program(s: Shape) -> str:
@@ -57,22 +63,29 @@ def _start(s: Shape) -> str:
     barriers = s.ring.counts
     barriers += [(s.summed + 8 * task, MULTIPLIERS) for task in range(s.tasks)]
     at_once = max(s.kept_rows, 1)
-    text = latent.declare(s.latent) + float16_arithmetic.declare()
+    text = declare(s.hc.dtype) + hc_program.declare(s.hc) + latent.declare(s.latent)
+    text += float16_arithmetic.declare()
     text += f"""
     .reg .pred p, first, leads;
     .reg .b32 thread, lane, warp, shared, slot, phase, bar, here, number, turn;
     .reg .b32 copies, old, old_phase, task, row, group, part, half, own, own_d;
-    .reg .b32 own_value, value, at, other, at_d, at_x, at_scale, a, b;
+    .reg .b32 own_value, value, at, other, at_d, at_x, at_scale, a, b, c;
     .reg .b32 m<{s.limbs}>, w<{8 * ROWS}>, x<{8 * s.limbs * at_once}>;
     .reg .b64 address, base, near, far;
     .reg .b16 d;
-    .reg .f32 f, g, scale<{at_once}>, d<{ROWS}>, sum<{ROWS}>;"""
+    .reg .f32 f, g, scale<{at_once}>, d<{ROWS}>, sum<{LANES // 4}>;"""
     text += begin()
     text += f"""
     mov.b64 base, %shared;
     cvt.u32.u64 shared, base;
     mov.u32 slot, 0;
     mov.u32 number, 0;
+    setp.ge.u32 p, warp, {MULTIPLIERS};
+    @p bra OTHERS;"""
+    text += hc_program.load(s.hc, s.place)
+    text += f"""
+    bra READY;
+OTHERS:
     setp.ne.u32 p, warp, {MULTIPLIERS};
     @p bra READY;"""
     text += start_barriers(barriers)
@@ -84,7 +97,9 @@ READY:
     setp.eq.u32 p, warp, {MULTIPLIERS};
     @p bra COPY;
     setp.ge.u32 p, warp, {MULTIPLIERS};
-    @p bra FINISH;
+    @p bra FINISH;"""
+        + hc_program.prologue(s.hc, s.place)
+        + f"""
     mov.u32 phase, 0;
     mov.u32 group, 0;
     and.b32 half, lane, 4;
@@ -130,7 +145,7 @@ def _each_task(s: Shape, label: str, maps: Sequence[Map], start: str, body: str)
 
 def _await_latent(s: Shape, m: Map) -> str:
     """Wait until all of the latent is there, if it is needed, and norm it."""
-    meet = f"\n    bar.sync {_MEETING}, {THREADS};"
+    meet = f"\n    bar.sync {MEETING}, {THREADS};"
     return (
         _first_task(s, m)
         + f"""
@@ -182,7 +197,7 @@ def _fixed(s: Shape, m: Map) -> tuple[str, list[str]]:
     if m.is_second:
         kept = s.latent.fixed
         return kept.own("lane"), [kept.read(row) for row in range(s.rows)]
-    kept, x = s.kept, Activations("words", "scale", m.columns, 1)
+    kept, x = s.kept, Activations("x_words0", "x_scale", m.columns, 1)
     rows = [
         kept.read(row) if row < kept.rows else x.load(s.limbs, row, 0)
         for row in range(s.rows)
@@ -197,7 +212,7 @@ def _floats(s: Shape, m: Map) -> tuple[str, list[str]]:
         kept = s.latent.floats
         place = f"\n    mad.lo.u32 a, part, {LANES}, lane;"
         return place + kept.own("a"), [read(kept, row) for row in range(s.rows)]
-    kept, x = s.kept, Floats("x", m.columns, s.dtype)
+    kept, x = s.kept, Floats("x", m.columns, s.hc.dtype)
     rows = [
         read(kept, row) if row < kept.rows else x.load(row) for row in range(s.rows)
     ]
@@ -237,7 +252,7 @@ def _copy(s: Shape, m: Map) -> str:
 
 def _finish(s: Shape, m: Map) -> str:
     """Write a map's rows, and copies of the last one computed."""
-    copied = s.written - s.rows
+    copied = s.hc.copied_rows
     text = f"""
     setp.ne.u32 p, turn, 0;
     @p bra NOT_OWN_{m.name};

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from ds4jax.pallas.fixed_point import GROUP, LIMBS
+from ds4jax.pallas import hc_shape
+from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.latent import Latent
 from ds4jax.pallas.ptx import LANES, SHARED
 from ds4jax.pallas.ptx_fixed_point import Counter
@@ -24,6 +25,9 @@ PART = LANES * GROUP
 
 FIRST = 1
 """Tasks whose weights are on their way at a time until the ring is full."""
+
+MEETING = 1
+"""The barrier at which warps that multiply meet."""
 
 SUMS = MULTIPLIERS * ROWS
 """Sums of a task, for each row of activations."""
@@ -84,34 +88,45 @@ class Shape(NamedTuple):
     """What a program is made for.
 
     Attributes:
-      rows: of the activations, that are computed.
-      written: rows of the results: after those computed copies of the last of them.
-      maps: the weights, those of the input first, and of these the queries' latent's.
-      dtype: of operands.
+      maps: the weights: those of the input, of which the first gives the queries'
+        latent, and then those of the latent.
       eps: of the latent's RMS norm.
-      programs: that run side by side.
+      hc: the reading of the streams that comes first.
       room: bytes of shared memory that there are.
     """
 
-    rows: int
-    written: int
     maps: tuple[Map, ...]
-    dtype: str
     eps: float
-    programs: int
+    hc: hc_shape.Shape
     room: int = SHARED
 
     @property
     def operands(self) -> tuple[str, ...]:
         """Return the addresses a program is given: `%name` in the text, `$i` later."""
         planes = [name for m in self.maps for name, _ in m.planes]
-        given = "words", "scale", "x", "norm", *planes, "counters"
-        return *given, *(m.out for m in self.maps), "shared"
+        given = *self.hc.read_operands, "latent_norm", *planes, "counters"
+        found = *self.hc.written_operands, *(m.out for m in self.maps)
+        return *given, *found, "shared"
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows of activations are computed."""
+        return self.hc.rows
 
     @property
     def limbs(self) -> int:
         """Return the limbs of the activations."""
-        return LIMBS[self.dtype]
+        return self.hc.limbs
+
+    @property
+    def programs(self) -> int:
+        """Return how many programs run side by side."""
+        return self.hc.programs
+
+    @property
+    def place(self) -> hc_shape.Place:
+        """Return where the reading has room: where activations are kept after it."""
+        return hc_shape.Place(self._staged, 4 * hc_shape.APART, MEETING)
 
     @property
     def seconds(self) -> int:
@@ -140,6 +155,11 @@ class Shape(NamedTuple):
         return Counter(self.maps[0].tasks, min(self.seconds, self.programs))
 
     @property
+    def counters(self) -> int:
+        """Return how many counters there is room for: that, and the reading's."""
+        return hc_shape.APART + self.hc.counters
+
+    @property
     def slot(self) -> int:
         """Return the bytes of a task's weights at most."""
         return MULTIPLIERS * ROWS * (PART + PART // GROUP * 2)
@@ -153,32 +173,24 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Return for how many tasks' weights there is room."""
-        room = self.room - self._others - self._kept_bytes
+        room = self.room - self._others - self._staged_bytes
         return room // (self.slot + 16)
 
     @property
     def kept(self) -> Kept:
         """Return where activations are kept."""
-        at = self.slots * self.slot
-        at_scale = at + self.kept_rows * self.limbs * THREADS * GROUP
-        return Kept(self.kept_rows, 2 * self.limbs, at, at_scale)
+        at_scale = self._staged + self.kept_rows * self.limbs * THREADS * GROUP
+        return Kept(self.kept_rows, 2 * self.limbs, self._staged, at_scale)
 
     @property
     def latent(self) -> Latent:
-        """Return where the queries' latent is kept: there, when they are multiplied."""
-        at = self.slots * self.slot
-        return Latent(self.rows, self.limbs, self.dtype, self.eps, at)
-
-    @property
-    def _kept_bytes(self) -> int:
-        """Return the bytes of either."""
-        size = Latent(self.rows, self.limbs, self.dtype, self.eps, 0).end
-        return max(self.kept_rows * kept_bytes(self.limbs), size)
+        """Return where the latent is kept: there, when those are multiplied."""
+        return Latent(self.rows, self.limbs, self.hc.dtype, self.eps, self._staged)
 
     @property
     def values(self) -> int:
         """Return where the sums of tasks are, by rows of activations."""
-        return self.slots * self.slot + self._kept_bytes
+        return self._staged + self._staged_bytes
 
     @property
     def ring(self) -> Ring:
@@ -204,3 +216,15 @@ class Shape(NamedTuple):
     def _others(self) -> int:
         """Return the bytes of sums and their barriers."""
         return self._sums + 8 * self.tasks
+
+    @property
+    def _staged(self) -> int:
+        """Return where all that is multiplied by weights is, one after the other."""
+        return self.slots * self.slot
+
+    @property
+    def _staged_bytes(self) -> int:
+        """Return the bytes that most of it is at a time."""
+        latent = Latent(self.rows, self.limbs, self.hc.dtype, self.eps, 0)
+        kept = self.kept_rows * kept_bytes(self.limbs)
+        return max(kept, latent.end, self.hc.shared)

@@ -22,7 +22,7 @@ CHUNKS = COLUMNS // 4
 def declare() -> str:
     """Declare the registers that are used here alone."""
     return f"""
-    .reg .b16 low, high, narrow;
+    .reg .b16 low, high;
     .reg .f32 y<{COLUMNS}>, weight<{ROWS * COLUMNS}>;"""
 
 

@@ -68,13 +68,13 @@ def declare(latent: Latent) -> str:
     """Declare the registers that are used here alone."""
     return f"""
     .reg .b32 power, largest, cut<4>, pair<2>, at_words, at_floats, at_group;
-    .reg .f32 v<{4 * latent.rows}>, norm<4>, inverse, units;"""
+    .reg .f32 v<{4 * latent.rows}>, norm<4>, inverse;"""
 
 
 def load_norm() -> str:
     """Load a thread's channels of the norm's weight."""
     return f"""
-    mov.b64 base, %norm;
+    mov.b64 base, %latent_norm;
     mad.wide.u32 address, thread, 16, base;
     ld.global.nc.v4.f32 {registers("norm", 0, 4)}, [address];"""
 
