@@ -6,7 +6,6 @@ and those of experts, six for each row and all different.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -15,13 +14,9 @@ import numpy as np
 from kernel_case import DTYPE, Case, normal
 
 from ds4jax import synthetic
-from ds4jax.config import ModelConfig
 from ds4jax.model.cache import DECODE_ROWS
-from ds4jax.model.hyper import HyperConnection, Update
-from ds4jax.model.layers import RMSNorm
-from ds4jax.pallas import experts, moe_ptx, q8_0
+from ds4jax.pallas import experts, q8_0
 from ds4jax.pallas.fixed_point import fix
-from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.matmul import (
     expert_matmul,
     grouped_matmul,
@@ -30,7 +25,6 @@ from ds4jax.pallas.matmul import (
     two_maps_kernel,
 )
 from ds4jax.pallas.passes import DecodePass, within
-from ds4jax.pallas.router import Router
 from ds4jax.pallas.swiglu import Swiglu
 from ds4jax.quant import dequantize
 
@@ -77,7 +71,7 @@ def dense(format: str, what: str, outs: list[int], k: int) -> Case:
     return Case(
         "plain" if format == "F16" else "q8_0", what, draw, run, product, nbytes,
         WIDTHS, ("fix",), exact=exact,
-        shape=_shape(format, "+".join(map(str, outs)), k, 1),
+        shape=shape_of(format, "+".join(map(str, outs)), k, 1),
     )  # fmt: skip
 
 
@@ -99,7 +93,7 @@ def into_fixed_point(what: str, n: int, k: int, groups: int) -> Case:
 
     return Case(
         "q8_0", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
-        shape=_shape("Q8_0", str(n), k, groups),
+        shape=shape_of("Q8_0", str(n), k, groups),
     )  # fmt: skip
 
 
@@ -128,7 +122,7 @@ def two_maps(what: str, middle: int, n: int, k: int, groups: int) -> Case:
 
     return Case(
         "two_maps", what, draw, run, xla, nbytes, WIDTHS, ("fix", *ONCE),
-        shape=_shape("Q8_0", f"{middle}, {n}", k, groups),
+        shape=shape_of("Q8_0", f"{middle}, {n}", k, groups),
     )  # fmt: skip
 
 
@@ -160,7 +154,7 @@ def gated(format: str, what: str, of_down: str) -> Case:
 
     return Case(
         "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",),
-        shape=_shape(format, f"{FFN}+{FFN}", HIDDEN, 1),
+        shape=shape_of(format, f"{FFN}+{FFN}", HIDDEN, 1),
     )  # fmt: skip
 
 
@@ -191,83 +185,7 @@ def down(format: str, what: str) -> Case:
 
     return Case(
         "experts", what, draw, run, xla, nbytes, WIDTHS, ("fix",), exact=exact,
-        shape=_shape(format, str(HIDDEN), FFN, 1),
-    )  # fmt: skip
-
-
-def moe() -> Case:
-    """Return the case of a layer's second half: streams, router and experts."""
-    config = dataclasses.replace(ModelConfig.flash(), dtype=DTYPE)
-    m, maps = config.hc_streams, config.hc_streams * (2 + config.hc_streams)
-
-    def connection():
-        sizes = (m, HIDDEN), (HIDDEN,), (m,), (m, m)
-        streams, output, post, mix = (
-            normal(i, DECODE_ROWS, *size) for i, size in enumerate(sizes, 10)
-        )
-        fn = random_weight(8, "F16", (maps, m * HIDDEN))
-        return streams, ((output,), post, mix), fn, normal(14, maps), normal(15, 3)
-
-    def draw():
-        into, out = (FFN, HIDDEN), (HIDDEN, FFN)
-        routed = ("IQ2_XXS", into), ("IQ2_XXS", into), ("Q2_K", out)
-        weights = [
-            random_weight(i, name, (EXPERTS, *shape))
-            for i, (name, shape) in enumerate(routed, 1)
-        ]
-        shared = [
-            random_weight(i, "Q8_0", s) for i, s in enumerate((into, into, out), 4)
-        ]
-        router = random_weight(7, "F16", (EXPERTS, HIDDEN))
-        both = experts.Experts(*weights), experts.Experts(*shared)
-        return connection(), normal(0, HIDDEN), router, *both
-
-    def run(width, of_streams, norm, router, routed, shared):
-        reading = Reading(*of_streams, norm=norm, config=config)
-        own = Router(router, jnp.zeros(EXPERTS), USED, 1.5, 2.0**-14)
-        # Without a GPU it is only traced.
-        operands = own, routed, shared, ACTIVATION
-        programs = moe_ptx.programs(reading, *operands) or 1
-        return moe_ptx.multiply(reading, None, *operands, width, programs)
-
-    def route(x, router):
-        probability = jnp.sqrt(jax.nn.softplus(quant_matmul(x, router)))
-        picked, ids = jax.lax.top_k(probability, USED)
-        return ids, picked / jnp.sum(picked, 1, keepdims=True) * 1.5
-
-    def read_streams(of_streams, norm):
-        streams, (parts, *others), *weights = of_streams
-        names = (f"{name}.weight" for name in ("fn", "base", "scale"))
-        connection = HyperConnection(config, dict(zip(names, weights, strict=True)))
-        update = Update(parts, *others)
-        one = jax.tree.map(lambda array: array[None], (streams, update))
-        x, _, *others = connection(*one, RMSNorm(norm, config.rms_eps))
-        return [array[0] for array in (x, *others)]
-
-    def xla(of_streams, norm, router, routed, shared):
-        x, *others = read_streams(of_streams, norm)
-        ids, share = route(x, router)
-        product = lambda x, w: expert_matmul(x, w, ids, DTYPE)  # noqa: E731
-        dense = lambda x, w: quant_matmul(x, w, DTYPE)  # noqa: E731
-        found = ACTIVATION(
-            product(x[:, None], routed.gate), product(x[:, None], routed.up)
-        )
-        found = jnp.sum(share[..., None] * product(found, routed.down), 1)
-        own = ACTIVATION(dense(x, shared.gate), dense(x, shared.up))
-        return dense(own, shared.down), found, ids, *others
-
-    def nbytes(width, of_streams, norm, router, routed, shared):
-        of_streams, *others = jax.tree.map(jnp.asarray, (of_streams, norm, router))
-        x, *_ = read_streams(of_streams, others[0])
-        ids, _ = route(x, others[1])
-        of_rows, weights = of_streams[:2], (*of_streams[2:], *others, *shared)
-        rows = sum(array.nbytes for array in jax.tree.leaves(of_rows))
-        of_all = rows // DECODE_ROWS * width + sum(w.nbytes for w in weights)
-        return of_all + read(routed, width, ids)
-
-    return Case(
-        "moe_ptx", "streams, router, experts", draw, run, xla, nbytes, WIDTHS, ONCE,
-        shape=_shape("F16, IQ2_XXS, Q2_K, Q8_0", str(HIDDEN), HIDDEN, 1),
+        shape=shape_of(format, str(HIDDEN), FFN, 1),
     )  # fmt: skip
 
 
@@ -285,7 +203,7 @@ def read(weights: Any, width: int, ids: jax.Array) -> float:
     return sum(w.nbytes // w.shape[0] * count for w in weights)
 
 
-def _shape(format: str, out: str, into: int, groups: int) -> dict[str, Any]:
+def shape_of(format: str, out: str, into: int, groups: int) -> dict[str, Any]:
     return dict(format=format, out=out, into=into, groups=groups)
 
 
@@ -306,7 +224,6 @@ CASES = [
     dense("Q8_0", "shared down", [4096], 2048),
     gated("IQ2_XXS", "expert gate, up", "Q2_K"),
     down("Q2_K", "expert down, added up"),
-    moe(),
     gated("Q4_K", "expert gate, up", "Q4_K"),
     down("Q4_K", "expert down, added up"),
 ]

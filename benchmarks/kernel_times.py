@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_blocks
 import kernel_parts
 import kernel_prefill
 import kernel_products
@@ -43,7 +44,10 @@ from ds4jax.files import write_table
 
 _OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
 
-CASES = kernel_products.CASES, kernel_parts.CASES, kernel_prefill.CASES
+CASES = [
+    part.CASES
+    for part in (kernel_products, kernel_blocks, kernel_parts, kernel_prefill)
+]
 
 CACHE = 50e6
 """Bytes that stay on the device between launches."""

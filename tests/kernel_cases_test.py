@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-PARTS = "kernel_products", "kernel_parts", "kernel_prefill"
+PARTS = "kernel_products", "kernel_blocks", "kernel_parts", "kernel_prefill"
 CASES = [case for name in PARTS for case in importlib.import_module(name).CASES]
 
 
