@@ -204,6 +204,7 @@ def read(weights: Any, width: int, ids: jax.Array) -> float:
 
 
 def shape_of(format: str, out: str, into: int, groups: int) -> dict[str, Any]:
+    """Return the columns that only products have."""
     return dict(format=format, out=out, into=into, groups=groups)
 
 

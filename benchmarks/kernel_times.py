@@ -2,12 +2,12 @@
 
 A line is what a kernel computes for one, two or four rows of a decode pass, or for the
 rows of a long one, with random weights and states: products (`kernel_products.py`),
-what else a decode pass does (`kernel_parts.py`) and what prefill does
-(`kernel_prefill.py`).  Times are of kernels on the device, their sum, medians over
-operands that together do not fit into the cache, unless they are small.  XLA's are of
-all that it launches for the eight rows that a decode pass has, which is what a kernel
-is there instead of.  Bytes are of what has to be read: weights, rows of the state that
-are seen, activations.  `error` is of products, against float64, relative to the norm.
+what begins with the streams (`kernel_blocks.py`), what else a decode pass does
+(`kernel_parts.py`) and what prefill does (`kernel_prefill.py`).  Times are of kernels
+on the device, their sum, medians over operands that together do not fit into the cache,
+unless they are small.  XLA's are of all that it launches for the eight rows that a
+decode pass has, which is what a kernel is there instead of.  Bytes are of what has to
+be read: weights, rows of the state that are seen, activations.  `error` is of products, against float64, relative to the norm.
 
 (A file called `kernels.py` would be what transformers, in `peer.py`, takes for the
 package of that name.)
@@ -44,10 +44,8 @@ from ds4jax.files import write_table
 
 _OUT = flags.DEFINE_string("out", None, "CSV file to write.", required=True)
 
-CASES = [
-    part.CASES
-    for part in (kernel_products, kernel_blocks, kernel_parts, kernel_prefill)
-]
+PARTS = kernel_products, kernel_blocks, kernel_parts, kernel_prefill
+CASES = [part.CASES for part in PARTS]
 
 CACHE = 50e6
 """Bytes that stay on the device between launches."""

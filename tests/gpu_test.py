@@ -179,7 +179,9 @@ def test_maps_of_the_input_in_ptx_and_by_triton(dtype, layer, monkeypatch):
         connection = HyperConnection(config, scope(own, "hc_attn_"))
         attention = Attention(config, ratio, own)
         with within(DecodePass(width, jnp.int32(width))):
-            found = project_streams(attention, connection, norm, streams, update)
+            found = project_streams(
+                attention.input_maps, connection, norm, streams, update
+            )
         return jax.tree.leaves(found)
 
     assert_same_by_width("attn_maps_8x", run, streams, update, own)

@@ -122,7 +122,7 @@ def test_a_ring_and_activations_have_the_room_there_is():
         for dtype in ("float32", "bfloat16"):
             s = Shape(rows, 8, *FLASH, dtype, programs=132)
             assert s.shared <= SHARED < s.shared + s.slot + 16
-            assert s.kept == rows or s.slots == 2
+            assert s.kept_rows == rows or s.slots == 2
 
 
 def test_it_is_for_a_gpu_and_not_for_a_cpu(monkeypatch):

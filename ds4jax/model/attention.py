@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ds4jax.config import CSA_RATIO, ModelConfig
-from ds4jax.model.attention_input import Projected, project_input
+from ds4jax.model.attention_input import InputMaps, Projected, project_input
 from ds4jax.model.cache import (
     LayerCache,
     Rows,
@@ -156,7 +156,15 @@ class Attention(nnx.Module):
           The output, the state after, and the indexer's choice (CSA; -1 where fewer
           rows exist than it may pick), else None.
         """
-        return self.attend(project_input(self, x, fixed), cache, rows)
+        return self.attend(project_input(self.input_maps, x, fixed), cache, rows)
+
+    @property
+    def input_maps(self) -> InputMaps:
+        """The maps of the layer's input."""
+        own = self.q_a, self.q_norm, self.q_b, self.kv
+        compressor = self.compressor if self.ratio else None
+        indexer = self.indexer if self.ratio == CSA_RATIO else None
+        return InputMaps(*own, compressor, indexer)
 
     def attend(
         self, projected: Projected, cache: LayerCache | None, rows: Rows

@@ -5,20 +5,36 @@ A GPU has them all in one launch, which reads the hyper connection's streams too
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Array, Float
 
-from ds4jax.config import CSA_RATIO
 from ds4jax.model import indexer
+from ds4jax.model.compressor import Compressor
 from ds4jax.model.hyper import HyperConnection, Update
-from ds4jax.model.layers import RMSNorm, project, project_normed
+from ds4jax.model.indexer import Indexer
+from ds4jax.model.layers import Linear, RMSNorm, project, project_normed
 from ds4jax.pallas import attn_maps
 from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.passes import by_kernel, has_kernels
 
-if TYPE_CHECKING:
-    from ds4jax.model.attention import Attention
+
+class InputMaps(NamedTuple):
+    """What attention's input goes through, in a layer of any kind.
+
+    Attributes:
+      q_a, q_norm, q_b: the queries' two maps and the norm of the latent between them.
+      kv: the row's to keep.
+      compressor: in layers that have one.
+      indexer: in CSA layers.
+    """
+
+    q_a: Linear
+    q_norm: RMSNorm
+    q_b: Linear
+    kv: Linear
+    compressor: Compressor | None
+    indexer: Indexer | None
 
 
 class Projected(NamedTuple):
@@ -38,28 +54,27 @@ class Projected(NamedTuple):
 
 
 def project_input(
-    attention: Attention,
+    maps: InputMaps,
     x: Float[Array, "B T D"],
     fixed: FixedPoint | None = None,
 ) -> Projected:
     """Return what a layer's maps make of its input.
 
     Args:
-      attention: the layer's.
+      maps: the layer's.
       x: normed hidden rows.
       fixed: `x` as kernels read it, if something computed that already.
     """
-    own = attention
-    latent, row = project(x, own.q_a, own.kv, fixed=fixed)
-    query = project_normed(latent, own.q_norm, own.q_b)
-    pooled = own.compressor.project(x) if own.ratio else None
-    if own.ratio != CSA_RATIO:
+    latent, row = project(x, maps.q_a, maps.kv, fixed=fixed)
+    query = project_normed(latent, maps.q_norm, maps.q_b)
+    pooled = maps.compressor.project(x) if maps.compressor else None
+    if not maps.indexer:
         return Projected(row, query, pooled, None)
-    return Projected(row, query, pooled, own.indexer.project(x, own.q_norm(latent)))
+    return Projected(row, query, pooled, maps.indexer.project(x, maps.q_norm(latent)))
 
 
 def project_streams(
-    attention: Attention,
+    maps: InputMaps,
     connection: HyperConnection,
     norm: RMSNorm,
     streams: Float[Array, "B T M D"],
@@ -75,7 +90,7 @@ def project_streams(
     That is, after the latter's result, the streams, and `post` and `mix` of the block.
 
     Args:
-      attention: the layer's.
+      maps: the layer's.
       connection: reads the block's input.
       norm: the block's own.
       streams: the residual streams.
@@ -84,43 +99,42 @@ def project_streams(
 
     def apart(streams, update):
         x, fixed, streams, post, mix = connection(streams, update, norm)
-        return project_input(attention, x, *fixed), streams, post, mix
+        return project_input(maps, x, *fixed), streams, post, mix
 
     if not has_kernels():
         return apart(streams, update)
-    maps = _maps(attention)
-    programs = attn_maps.programs(connection.reading(streams, update, norm), maps)
+    weights = _weights(maps)
+    programs = attn_maps.programs(connection.reading(streams, update, norm), weights)
 
     def together(width, streams, update):
         reading = connection.reading(streams, update, norm)
-        products, *others = attn_maps.multiply(reading, maps, width, programs)
-        found = _sorted(attention.ratio, [product[None] for product in products])
+        products, *others = attn_maps.multiply(reading, weights, width, programs)
+        found = _sorted(maps, [product[None] for product in products])
         return found, *(result[None] for result in others)
 
     cuda = together if programs else None
     return by_kernel(apart, streams, update, cuda=cuda)
 
 
-def _maps(attention: Attention) -> attn_maps.Maps:
+def _weights(maps: InputMaps) -> attn_maps.Maps:
     """Return the weights of all maps."""
-    first, second = [attention.q_a, attention.kv], [attention.q_b]
-    if attention.ratio:
-        first += [attention.compressor.kv, attention.compressor.gate]
-    if attention.ratio == CSA_RATIO:
-        own = attention.indexer
+    first, second = [maps.q_a, maps.kv], [maps.q_b]
+    if maps.compressor:
+        first += [maps.compressor.kv, maps.compressor.gate]
+    if own := maps.indexer:
         first += [own.compressor.kv, own.compressor.gate, own.head_weights]
         second += [own.query]
-    weights = lambda maps: [m.weight.get_value() for m in maps]  # noqa: E731
-    norm = attention.q_norm.weight.get_value(), attention.q_norm.eps
-    return attn_maps.Maps(weights(first), norm, weights(second))
+    values = lambda maps: [m.weight.get_value() for m in maps]  # noqa: E731
+    norm = maps.q_norm.weight.get_value(), maps.q_norm.eps
+    return attn_maps.Maps(values(first), norm, values(second))
 
 
-def _sorted(ratio: int, products: list[Array]) -> Projected:
-    """Return what the maps of `_maps`, in their order, make of the input."""
-    if not ratio:
+def _sorted(maps: InputMaps, products: list[Array]) -> Projected:
+    """Return what weights of `_weights`, in their order, make of the input."""
+    if not maps.compressor:
         _, row, query = products
         return Projected(row, query, None, None)
-    if ratio != CSA_RATIO:
+    if not maps.indexer:
         _, row, value, gate, query = products
         return Projected(row, query, (value, gate), None)
     _, row, value, gate, own_value, own_gate, share, query, own = products

@@ -104,7 +104,7 @@ class Layer(nnx.Module):
     def run(self, streams, update, tokens, cache, rows):
         """Do what a call does."""
         projected, streams, *weights = project_streams(
-            self.attention, self.hc_attn, self.attn_norm, streams, update
+            self.attention.input_maps, self.hc_attn, self.attn_norm, streams, update
         )
         y, cache, selected = self.attention.attend(projected, cache, rows)
         update = Update((y,), *weights)
