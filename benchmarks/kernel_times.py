@@ -7,7 +7,8 @@ what begins with the streams (`kernel_blocks.py`), what else a decode pass does
 on the device, their sum, medians over operands that together do not fit into the cache,
 unless they are small.  XLA's are of all that it launches for the eight rows that a
 decode pass has, which is what a kernel is there instead of.  Bytes are of what has to
-be read: weights, rows of the state that are seen, activations.  `error` is of products, against float64, relative to the norm.
+be read: weights, rows of the state that are seen, activations.  `error` is of products,
+against float64, relative to the norm.
 
 (A file called `kernels.py` would be what transformers, in `peer.py`, takes for the
 package of that name.)
