@@ -108,7 +108,7 @@ def multiply(
         WARPS,
     )
     names = s.operands[-1 - len(results) : -1]
-    found = {"streams": reading.streams} | dict(zip(names, results, strict=True))
+    found = dict(zip(names, results, strict=True))
     products = [found[m.out] for m in s.maps]
     return products, found["streams"], found["post"], found["mix"]
 

@@ -57,15 +57,13 @@ def merge(s: Shape) -> str:
     if s.parts == 2:
         text += "\n    add.f32 hc_part0, hc_part0, hc_part1;"
     for k in range(STREAMS):
-        merged = f"hc_stream{k}"
-        if s.parts:
-            merged = "f"
-            text += f"\n    mul.f32 f, hc_mix{k}, hc_stream0;"
-            for j in range(1, STREAMS):
-                mix = f"hc_mix{j * STREAMS + k}"
-                text += f"\n    fma.rn.f32 f, {mix}, hc_stream{j}, f;"
-            text += f"\n    fma.rn.f32 f, hc_post{k}, hc_part0, f;"
-        text += f"\n    st.shared.f32 [a+{4 * GROUP * k}], {merged};"
+        text += f"\n    mul.f32 f, hc_mix{k}, hc_stream0;"
+        for j in range(1, STREAMS):
+            mix = f"hc_mix{j * STREAMS + k}"
+            text += f"\n    fma.rn.f32 f, {mix}, hc_stream{j}, f;"
+        text += f"""
+    fma.rn.f32 f, hc_post{k}, hc_part0, f;
+    st.shared.f32 [a+{4 * GROUP * k}], f;"""
     return text
 
 

@@ -60,7 +60,7 @@ def declare(s: Shape) -> str:
     .reg .b32 hc_second<{SUMS_EACH - MAPS_EACH}>, hc_map;
     .reg .b64 hc_far;
     .reg .f32 hc_fn<{MAPS_EACH * STREAMS}>, hc_stream<{STREAMS}>, hc_mix<{CELLS}>;
-    .reg .f32 hc_post<{STREAMS}>, hc_part<{max(s.parts, 1)}>, hc_base, hc_scale;
+    .reg .f32 hc_post<{STREAMS}>, hc_part<{s.parts}>, hc_base, hc_scale;
     .reg .f32 hc_norm, hc_pre<{STREAMS}>, hc_gate, hc_inverse, hc_cell, hc_x;
     .reg .f32 hc_term<{2 * s.terms}>;"""
     )
@@ -107,14 +107,13 @@ def _load_group(s: Shape, label: str) -> str:
     mad.wide.u32 address, a, 4, base;"""
     for k in range(STREAMS):
         text += f"\n    ld.global.nc.f32 hc_stream{k}, [address+{4 * k * s.width}];"
-    if s.parts:
-        text += f"""
+    text += f"""
     mov.b64 base, %hc_mix;
     mad.wide.u32 address, warp, {4 * CELLS}, base;"""
-        for j in range(0, CELLS, 4):
-            own = registers("hc_mix", j, 4)
-            text += f"\n    ld.global.nc.v4.f32 {own}, [address+{4 * j}];"
-        text += f"""
+    for j in range(0, CELLS, 4):
+        own = registers("hc_mix", j, 4)
+        text += f"\n    ld.global.nc.v4.f32 {own}, [address+{4 * j}];"
+    text += f"""
     mov.b64 base, %hc_post;
     mad.wide.u32 address, warp, {4 * STREAMS}, base;
     ld.global.nc.v4.f32 {registers("hc_post", 0, STREAMS)}, [address];
@@ -199,9 +198,8 @@ HC_GROUP:
     @p bra HC_COUNTED;
     mov.b64 base, %counters;"""
     text += s.summed.count(f"[base+{place.counters}]") + "\nHC_COUNTED:"
-    if s.parts:
-        # While other programs' sums are on their way.
-        text += _write_streams(s)
+    # While other programs' sums are on their way.
+    text += _write_streams(s)
     if s.own > 1:
         text += f"""
     add.u32 hc_slot, hc_slot, {s.merged};

@@ -19,7 +19,14 @@ from ds4jax.pallas.hyper_connection import Reading
 
 
 def serves(reading: Reading, orders: Sequence[Order]) -> bool:
-    """Say whether a launch can begin with it."""
+    """Say whether a launch can begin with it.
+
+    Where there is an update it follows a block's launches.  Else nothing would keep it
+    from running beside others whose programs wait for each other: a head's pass of
+    older rows depends on nothing that the pass of the newest does.
+    """
+    if reading.update is None or not 1 <= len(reading.update[0]) <= 2:
+        return False
     rows, m, d = reading.streams.shape
     return hc_shape.serves(m, d, rows, reading.fn.dtype.name, orders)
 
@@ -29,16 +36,17 @@ def shape(
 ) -> Shape:
     """Return what programs are made for, that compute `width` rows."""
     (rows, _, d), c, update = reading.streams.shape, reading.config, reading.update
-    assert len(reading.fn) == MAPS
+    assert update and len(reading.fn) == MAPS
     return Shape(
-        width, rows - width, d, len(update[0]) if update else 0, reading.fn.dtype.name,
-        c.dtype, tuple(orders), programs, c.sinkhorn_iters, c.hc_eps, c.rms_eps,
+        width, rows - width, d, len(update[0]), reading.fn.dtype.name, c.dtype,
+        tuple(orders), programs, c.sinkhorn_iters, c.hc_eps, c.rms_eps,
     )  # fmt: skip
 
 
 def operands(reading: Reading) -> list[Array]:
     """Return what a program reads of it, in its order."""
-    parts, *of_streams = reading.update or ((),)
+    assert reading.update
+    parts, *of_streams = reading.update
     weights = reading.fn, reading.base, reading.scale, reading.norm
     return [reading.streams, *parts, *of_streams, *weights]
 
@@ -50,7 +58,6 @@ def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
     fixed = [shapes(s.rows, s.width, s.dtype, order) for order in s.orders]
     _, scale, _ = fixed[0]
     return [
-        *([array(rows, m, s.width)] if s.parts else []),
-        array(s.groups, s.rows, SUMS), array(rows, s.width),
+        array(rows, m, s.width), array(s.groups, s.rows, SUMS), array(rows, s.width),
         *(words for words, *_ in fixed), scale, array(rows, m), array(rows, m, m),
     ]  # fmt: skip

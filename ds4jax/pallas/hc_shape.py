@@ -52,7 +52,7 @@ class Shape(NamedTuple):
       rows: to compute.
       copied_rows: whose results are copies of the last one's.
       width: D, values of a stream.
-      parts: of the update, whose sum is to be merged into the streams; 0 for none.
+      parts: of the update, one or two, whose sum is to be merged into the streams.
       fn: type of the weight of the maps.
       dtype: of operands in fixed point.
       orders: in which the input's words are written, all of one level.
@@ -120,14 +120,13 @@ class Shape(NamedTuple):
         """Return names of what is read."""
         update = *(f"hc_part{i}" for i in range(self.parts)), "hc_post", "hc_mix"
         weights = "hc_fn", "hc_base", "hc_scale", "hc_norm"
-        return "hc_streams", *(update if self.parts else ()), *weights
+        return "hc_streams", *update, *weights
 
     @property
     def written_operands(self) -> tuple[str, ...]:
         """Return names of what is written."""
-        merged = ("streams",) if self.parts else ()
         words = (f"x_words{i}" for i in range(len(self.orders)))
-        return *merged, "hc_sums", "x", *words, "x_scale", "post", "mix"
+        return "streams", "hc_sums", "x", *words, "x_scale", "post", "mix"
 
     @property
     def merged_row(self) -> int:

@@ -156,7 +156,7 @@ def multiply(
         THREADS // LANES,
     )
     names = s.operands[-1 - len(results) : -1]
-    found = {"streams": reading.streams} | dict(zip(names, results, strict=True))
+    found = dict(zip(names, results, strict=True))
     return (
         found["to_shexp"], found["to_routed"], found["ids"], found["streams"],
         found["post"], found["mix"],
