@@ -21,7 +21,7 @@ from ds4jax import gguf, imatrix, schema
 from ds4jax.config import QuantPlan
 from ds4jax.errors import ConfigError, FileError
 from ds4jax.imatrix import Sums
-from ds4jax.model import attention
+from ds4jax.model import attention, attention_input
 from ds4jax.model.importance import collect
 from ds4jax.model.layers import Linear
 from ds4jax.model.moe import MoE
@@ -88,7 +88,7 @@ def seen():
         # Watched, for then each layer itself is called.
         with pytest.MonkeyPatch.context() as patch, watching(lambda *_: None):
             patch.setattr(Linear, "__call__", see_linear)
-            patch.setattr(attention, "project", see_projections)
+            patch.setattr(attention_input, "project", see_projections)
             patch.setattr(attention, "grouped_matmul", see_grouped)
             patch.setattr(MoE, "__call__", see_mixture)
             out = modules.trunk(text[None])
