@@ -6,17 +6,24 @@ What a GPU makes of the same text is tested in `gpu_test.py`.
 import functools
 
 import hc_ptx_test as hc
+import hopper
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ptx_machine import Machine
 
-from ds4jax import synthetic
-from ds4jax.pallas import attn_maps, attn_maps_program
+from ds4jax import schema, synthetic
+from ds4jax.config import ModelConfig, QuantPlan
+from ds4jax.model.attention import Attention
+from ds4jax.model.attention_input import project_streams
+from ds4jax.model.hyper import HyperConnection, Update
+from ds4jax.model.layers import RMSNorm, scope
+from ds4jax.pallas import attn_maps, attn_maps_program, hc_ptx, ptx
 from ds4jax.pallas.attn_maps import Maps
-from ds4jax.pallas.attn_maps_shape import WARPS
+from ds4jax.pallas.attn_maps_shape import WARPS, Map, Shape
 from ds4jax.pallas.fixed_point import LIMBS
+from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.pallas.ptx import SHARED
 from ds4jax.quant import QuantTensor, dequantize
 
@@ -91,6 +98,12 @@ def expected(dtype: str, x: np.ndarray, latent: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("room", [SHARED, SCARCE])
 @pytest.mark.parametrize("dtype", LIMBS)
 def test_a_program_computes_all_maps(dtype, room):
+    """Seen red without each of the waits, and without a meeting before the latent.
+
+    With one warp's squares for all, halves of a group or of a lane's columns where
+    others read them, no norm, one group's scale for all, halves of words exchanged, a
+    limb that is not carried, and rows written where the row before is.
+    """
     found, products = run(dtype, ROWS, 5, room)
     hc.assert_near(found, hc.expected(hc.reading(dtype, 2, width=INPUT)), ROWS)
     of_own = expected(dtype, found["x"][:ROWS], products[0][:ROWS])
@@ -107,3 +120,85 @@ def test_whatever_the_number_of_rows_and_programs():
         _, found = run("bfloat16", rows, programs)
         for own, other in zip(found, whole, strict=True):
             same(own[:rows], other[:rows])
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_it_is_for_a_gpu_and_not_for_a_cpu(layer, monkeypatch):
+    """In layers of each kind, and never without an update."""
+    config = ModelConfig.flash(hidden=INPUT)
+    types, prefix = QuantPlan.named("ds4-q2").types, f"blk.{layer}."
+
+    def drawn_weights():
+        return {
+            name.removeprefix(prefix): synthetic.tensor(config, name, s, types[s.group])
+            for name, s in schema.trunk(config).items()
+            if name.startswith(prefix) and "ffn" not in name and "exp" not in name
+        }
+
+    def lowered(updated: bool = True) -> str:
+        def run(streams, update, own):
+            norm = RMSNorm(own["attn_norm.weight"], config.rms_eps)
+            connection = HyperConnection(config, scope(own, "hc_attn_"))
+            maps = Attention(config, config.compress_ratios[layer], own).input_maps
+            update = Update(*update) if updated else None
+            with within(DecodePass(2, jnp.int32(2))):
+                return project_streams(maps, connection, norm, streams, update)
+
+        whole = hc.reading(config.dtype, 2, width=INPUT)
+        given = jax.tree.map(lambda a: a[None], whole[:2])
+        return hopper.lowered(run, *given, jax.eval_shape(drawn_weights))
+
+    apart, together = "hc_mixed", "attn_maps_2x1024_512"
+    text = lowered()
+    assert apart in text and together not in text
+    monkeypatch.setattr(ptx, "programs", lambda: 132)
+    text = lowered()
+    assert together in text and apart not in text
+    assert together not in lowered(updated=False)
+
+
+def test_memory_is_enough_for_all_rows():
+    """Of a decode pass, at the shape of Flash's layers with the most maps."""
+    shapes = [(1024, True), (512, True), (1024, False), (1024, False), (256, False)]
+    shapes += [(256, False), (64, False)]
+    first = [Map(f"map{i}", q, n, 4096, False) for i, (n, q) in enumerate(shapes)]
+    second = Map("map7", True, 32768, 1024, True), Map("map8", False, 8192, 1024, True)
+    for dtype in LIMBS:
+        given = hc.reading(dtype, 2, width=4096)
+        for rows in range(1, 9):
+            reading = hc_ptx.shape(given, attn_maps.ORDERS, rows, 132)
+            s = Shape((*first, *second), EPS, reading)
+            assert s.slots >= 2 and s.shared <= SHARED
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, True),
+        ({"latent": (512, INPUT)}, False),
+        ({"kv": (60, INPUT)}, False),
+        ({"kv_format": "Q4_K"}, False),
+        ({"of_input": jnp.float32}, False),
+        ({"of_input": jnp.bfloat16}, False),
+        ({"gate": (16, INPUT)}, True),
+        ({"gate": (12, INPUT)}, False),
+        ({"query": (80, LATENT)}, False),
+    ],
+)
+def test_what_it_serves(changes, expected):
+    given = dict(
+        latent=(LATENT, INPUT), kv=(64, INPUT), kv_format="Q8_0", gate=(24, INPUT),
+        of_input=jnp.float16, query=(160, LATENT),
+    ) | changes  # fmt: skip
+    own = hc.reading("bfloat16", 1, width=INPUT)
+
+    def weights():
+        blocks = lambda format, size: synthetic.blocks(jax.random.key(0), format, size)  # noqa: E731
+        kv = blocks(given["kv_format"], given["kv"])
+        return [blocks("Q8_0", given["latent"]), kv, blocks("Q8_0", given["query"])]
+
+    *first, query = jax.eval_shape(weights)
+    gate = jnp.zeros(given["gate"], given["of_input"])
+    found = Maps((*first, gate), (drawn(4, LATENT), EPS), (query,))
+    assert attn_maps.serves(own, found, 132) == expected
+    assert not attn_maps.serves(own._replace(update=None), found, 132)
