@@ -18,26 +18,31 @@ from ds4jax.pallas import float16_arithmetic, hc_program, latent, q8_arithmetic
 from ds4jax.pallas.attn_maps_shape import (
     FINISHERS,
     MEETING,
-    PART,
     SUMS,
     WARPS,
     Map,
     Shape,
 )
-from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.float16_arithmetic import Floats
 from ds4jax.pallas.ptx import (
     LANES,
     arrive,
     begin,
     bind,
-    divide,
     start_barriers,
     store_row,
     wait,
 )
 from ds4jax.pallas.ptx_fixed_point import declare
-from ds4jax.pallas.q8_arithmetic import MULTIPLIERS, ROWS, THREADS, Activations
+from ds4jax.pallas.q8_arithmetic import (
+    MULTIPLIERS,
+    ROWS,
+    THREADS,
+    Activations,
+    find_half,
+    find_own,
+    find_weights,
+)
 
 
 def program(s: Shape) -> str:
@@ -99,13 +104,10 @@ READY:
     setp.ge.u32 p, warp, {MULTIPLIERS};
     @p bra FINISH;"""
         + hc_program.prologue(s.hc, s.place)
-        + f"""
+        + """
     mov.u32 phase, 0;
-    mov.u32 group, 0;
-    and.b32 half, lane, 4;
-    mul.lo.u32 half, half, {GROUP // 2 // 4};
-    and.b32 a, lane, {LANES // ROWS - 1};
-    setp.eq.u32 leads, a, 0;"""
+    mov.u32 group, 0;"""
+        + find_half()
     )
 
 
@@ -167,12 +169,8 @@ def _await_latent(s: Shape, m: Map) -> str:
 def _multiply(s: Shape, maps: Sequence[Map]) -> str:
     """Multiply the tasks of maps of a kind."""
     m = maps[0]
-    text = f"""
-    mad.lo.u32 bar, slot, 8, shared;
-    mad.lo.u32 here, slot, {s.slot}, shared;
-    add.u32 at, here, own;
-    xor.b32 other, own, {GROUP // 2};
-    add.u32 other, other, here;
+    text = find_weights(s.slot)
+    text += f"""
     mad.lo.u32 value, number, {s.rows * SUMS * 4}, own_value;"""
     if m.is_q8_0:
         text += "\n    add.u32 at_d, here, own_d;"
@@ -189,7 +187,8 @@ def _multiply(s: Shape, maps: Sequence[Map]) -> str:
         for row, load in enumerate(rows):
             text += load + float16_arithmetic.multiply(row, SUMS * 4)
     text += "\n    mad.lo.u32 bar, number, 8, shared;" + arrive(s.summed)
-    return _each_task(s, "MULTIPLY", maps, _own(s, m) + start, text)
+    own = find_own(m.parts, m.row, m.planes[0][1], 4 * m.lines, s.values)
+    return _each_task(s, "MULTIPLY", maps, own + start, text)
 
 
 def _fixed(s: Shape, m: Map) -> tuple[str, list[str]]:
@@ -217,31 +216,6 @@ def _floats(s: Shape, m: Map) -> tuple[str, list[str]]:
         read(kept, row) if row < kept.rows else x.load(row) for row in range(s.rows)
     ]
     return kept.own("thread") + float16_arithmetic.stage(kept, x), rows
-
-
-def _own(s: Shape, m: Map) -> str:
-    """Find a lane's places in a task's weights and in its sums."""
-    quants = m.planes[0][1]
-    return (
-        f"""
-    and.b32 part, warp, {m.parts - 1};"""
-        + divide("a", "warp", m.parts)
-        + f"""
-    mul.lo.u32 own, a, {ROWS * m.row};
-    mad.lo.u32 own, part, {PART}, own;
-    mad.lo.u32 own, lane, {GROUP}, own;"""
-        + divide("own_d", "own", GROUP // 2)
-        + f"""
-    add.u32 own_d, own_d, {quants};
-    add.u32 own, own, half;
-    mul.lo.u32 own_value, a, {4 * ROWS};
-    mad.lo.u32 own_value, part, {4 * m.lines}, own_value;"""
-        + divide("a", "lane", LANES // ROWS)
-        + f"""
-    mad.lo.u32 own_value, a, 4, own_value;
-    add.u32 own_value, own_value, shared;
-    add.u32 own_value, own_value, {s.values};"""
-    )
 
 
 def _copy(s: Shape, m: Map) -> str:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from ds4jax.pallas import float16_arithmetic
-from ds4jax.pallas.fixed_point import GROUP, unit
+from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.float16_arithmetic import CHUNKS, round_all
 from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
+from ds4jax.pallas.ptx_fixed_point import EXPONENT, LEAST, find_units
 from ds4jax.pallas.q8_arithmetic import MULTIPLIERS, THREADS, Kept
 
 WIDTH = 4 * THREADS
@@ -163,30 +162,25 @@ def _store(latent: Latent, row: int) -> str:
     """Keep a thread's channels of a row, also as `fixed_point.store` has them."""
     fixed, floats, limbs = latent.fixed, latent.floats, latent.limbs
     values = [f"v{4 * row + i}" for i in range(4)]
-    most = unit(limbs)
-    inverse = (127 << 23) + int(np.float32(most).view(np.uint32))
     text = f"""
     st.shared.v4.f32 [at_floats+{floats.at + row * 4 * WIDTH}], {
         registers("v", 4 * row, 4)
     };
-    mov.b32 largest, {np.float32(2.0**-100).view(np.uint32)};"""
+    mov.b32 largest, {LEAST};"""
     for value in values:
         text += f"""
     mov.b32 power, {value};
-    and.b32 power, power, 0x7F800000;
+    and.b32 power, power, {EXPONENT};
     max.u32 largest, largest, power;"""
     for bit in (1, 2, 4):
         text += f"""
     shfl.sync.bfly.b32 power, largest, {bit}, 31, 0xffffffff;
     max.u32 largest, largest, power;"""
+    text += find_units(limbs, "largest")
     text += f"""
-    mov.b32 f, largest;
-    mul.f32 f, f, {number(1 / most)};
-    sub.u32 largest, {inverse}, largest;
-    mov.b32 units, largest;
     and.b32 a, thread, {_WORDS - 1};
     setp.eq.u32 p, a, 0;
-    @p st.shared.f32 [at_group+{fixed.at_scale + row * LANES * 4}], f;"""
+    @p st.shared.f32 [at_group+{fixed.at_scale + row * LANES * 4}], unit;"""
     for i, value in enumerate(values):
         text += f"""
     mul.f32 f, {value}, units;

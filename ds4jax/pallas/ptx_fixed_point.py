@@ -10,6 +10,12 @@ import numpy as np
 from ds4jax.pallas.fixed_point import LIMBS, unit
 from ds4jax.pallas.ptx import number
 
+EXPONENT = "0x7F800000"
+"""Bits of a number's power of two."""
+
+LEAST = int(np.float32(2.0**-100).view(np.uint32))
+"""Of a scale's: that of a group of zeros, or of numbers too small for another."""
+
 
 def declare(dtype: str) -> str:
     """Declare the registers that are used here."""
@@ -33,17 +39,13 @@ def fix(dtype: str) -> str:
     mov.b32 cut, {0, narrow};
     mov.b32 f, cut;"""
     limbs = LIMBS[dtype]
-    most = unit(limbs)
-    inverse = (127 << 23) + int(np.float32(most).view(np.uint32))
     text += f"""
     mov.b32 cut, f;
-    and.b32 cut, cut, 0x7F800000;
+    and.b32 cut, cut, {EXPONENT};
     redux.sync.max.u32 cut, cut, 0xffffffff;
-    max.u32 cut, cut, {np.float32(2.0**-100).view(np.uint32)};
-    mov.b32 unit, cut;
-    mul.f32 unit, unit, {number(1 / most)};
-    sub.u32 cut, {inverse}, cut;
-    mov.b32 units, cut;
+    max.u32 cut, cut, {LEAST};"""
+    text += find_units(limbs, "cut")
+    text += f"""
     mul.f32 units, f, units;
     add.f32 units, units, {number(0.5)};
     cvt.rmi.s32.f32 cut, units;
@@ -63,6 +65,20 @@ def fix(dtype: str) -> str:
     shfl.sync.bfly.b32 neighbour, {word}, 2, 31, 0xffffffff;
     or.b32 {word}, {word}, neighbour;"""
     return text
+
+
+def find_units(limbs: int, power: str) -> str:
+    """Find a group's scale, `unit`, and its inverse, `units`, from its power of two.
+
+    That is in a register, as bits, which are changed.
+    """
+    most = unit(limbs)
+    inverse = (127 << 23) + int(np.float32(most).view(np.uint32))
+    return f"""
+    mov.b32 unit, {power};
+    mul.f32 unit, unit, {number(1 / most)};
+    sub.u32 {power}, {inverse}, {power};
+    mov.b32 units, {power};"""
 
 
 def store_words(limbs: int, address: str, nbytes: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import LANES, add_up, registers
+from ds4jax.pallas.ptx import LANES, add_up, divide, registers
 from ds4jax.pallas.ptx_fixed_point import to_float
 
 MULTIPLIERS = 8
@@ -129,6 +129,57 @@ def stage(kept: Kept, x: Activations, limbs: int) -> str:
             text += f"\n    st.shared.v4.b32 {kept.chunk(row, chunk)}, {own};"
         text += f"\n    st.shared.f32 {kept.scale(row)}, scale{row};"
     return text
+
+
+def find_half() -> str:
+    """Find which half of its part a lane reads first, and if it leads a row's lanes."""
+    return f"""
+    and.b32 half, lane, 4;
+    mul.lo.u32 half, half, {GROUP // 2 // 4};
+    and.b32 a, lane, {LANES // ROWS - 1};
+    setp.eq.u32 leads, a, 0;"""
+
+
+def find_own(parts: int, row: int, quants: int, part_values: int, values: int) -> str:
+    """Find a lane's places in a task's weights, and where its warp's sums are due.
+
+    Args:
+      parts: warps that a row takes.
+      row: bytes of a row, but for `d`.
+      quants: bytes of a task before `d`.
+      part_values: bytes of the sums of a part.
+      values: where sums are.
+    """
+    return (
+        f"""
+    and.b32 part, warp, {parts - 1};"""
+        + divide("a", "warp", parts)
+        + f"""
+    mul.lo.u32 own, a, {ROWS * row};
+    mad.lo.u32 own, part, {COLUMNS}, own;
+    mad.lo.u32 own, lane, {GROUP}, own;"""
+        + divide("own_d", "own", GROUP // 2)
+        + f"""
+    add.u32 own_d, own_d, {quants};
+    add.u32 own, own, half;
+    mul.lo.u32 own_value, a, {4 * ROWS};
+    mad.lo.u32 own_value, part, {part_values}, own_value;"""
+        + divide("a", "lane", LANES // ROWS)
+        + f"""
+    mad.lo.u32 own_value, a, 4, own_value;
+    add.u32 own_value, own_value, shared;
+    add.u32 own_value, own_value, {values};"""
+    )
+
+
+def find_weights(slot: int) -> str:
+    """Find a lane's part of the task in register `slot`, one of so many bytes."""
+    return f"""
+    mad.lo.u32 bar, slot, 8, shared;
+    mad.lo.u32 here, slot, {slot}, shared;
+    add.u32 at, here, own;
+    xor.b32 other, own, {GROUP // 2};
+    add.u32 other, other, here;"""
 
 
 def read(columns: int) -> str:

@@ -13,7 +13,6 @@ weight's columns, and a warp that multiplies that part waits for all of its grou
 
 from __future__ import annotations
 
-from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import (
     LANES,
     arrive,
@@ -25,10 +24,12 @@ from ds4jax.pallas.ptx import (
 )
 from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
-    COLUMNS,
     MULTIPLIERS,
     ROWS,
     Activations,
+    find_half,
+    find_own,
+    find_weights,
     multiply,
     read,
     stage,
@@ -95,11 +96,8 @@ READY:
     @p bra COPY;
     setp.ge.u32 p, warp, {MULTIPLIERS};
     @p bra FINISH;
-    mov.u32 phase, 0;{s.kept.own("thread")}
-    and.b32 half, lane, 4;
-    mul.lo.u32 half, half, {GROUP // 2 // 4};
-    and.b32 a, lane, {LANES // ROWS - 1};
-    setp.eq.u32 leads, a, 0;"""
+    mov.u32 phase, 0;{s.kept.own("thread")}"""
+        + find_half()
     )
 
 
@@ -127,18 +125,14 @@ def _multiply_map(s: Shape, number: int) -> str:
     mul.lo.u32 last, last, {weight.each if number == 0 else 1};
     setp.eq.u32 p, last, 0;
     @p bra MULTIPLIED{number};"""
-        + _own(s, number)
+        + find_own(weight.parts, weight.columns, s.quants, 4 * PIECE, s.values[number])
         + (_await_middle(s, x) if number else "\n    mov.u32 group, 0xffffffff;")
         + f"""
     mov.u32 task, 0;
 MULTIPLY{number}:"""
         + ("" if number else _change_group(s, x))
+        + find_weights(s.slot)
         + f"""
-    mad.lo.u32 bar, slot, 8, shared;
-    mad.lo.u32 here, slot, {s.slot}, shared;
-    add.u32 at, here, own;
-    xor.b32 other, own, {GROUP // 2};
-    add.u32 other, other, here;
     add.u32 at_d, here, own_d;
     and.b32 a, task, {weight.each - 1};
     mad.lo.u32 value, a, {weight.lines * 4}, own_value;"""
@@ -170,31 +164,6 @@ WITHIN{number}:
     setp.lt.u32 p, task, last;
     @p bra MULTIPLY{number};
 MULTIPLIED{number}:"""
-    )
-
-
-def _own(s: Shape, number: int) -> str:
-    """Find a lane's places in a task's weights and in a piece's sums."""
-    weight = s.maps[number]
-    return (
-        f"""
-    and.b32 part, warp, {weight.parts - 1};"""
-        + divide("a", "warp", weight.parts)
-        + f"""
-    mul.lo.u32 own, a, {ROWS * weight.columns};
-    mad.lo.u32 own, part, {COLUMNS}, own;
-    mad.lo.u32 own, lane, {GROUP}, own;"""
-        + divide("own_d", "own", GROUP // 2)
-        + f"""
-    add.u32 own_d, own_d, {s.quants};
-    add.u32 own, own, half;
-    mul.lo.u32 own_value, a, {4 * ROWS};
-    mad.lo.u32 own_value, part, {4 * PIECE}, own_value;"""
-        + divide("a", "lane", LANES // ROWS)
-        + f"""
-    mad.lo.u32 own_value, a, 4, own_value;
-    add.u32 own_value, own_value, shared;
-    add.u32 own_value, own_value, {s.values[number]};"""
     )
 
 
