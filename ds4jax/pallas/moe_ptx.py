@@ -9,10 +9,11 @@ shared expert's gate and up are multiplied while the router's logits go round, a
 weights of down are in place when hidden values are.  None of that can be said to
 Triton.
 
-On an H200 the router, six experts of 2048 x 4096 and the shared one take one row 25.7
-us, two rows 39.3.  In a pass it is 27, where it was 32 by launches for the router, the
-choice, the shared expert's gate and up, and then all else in PTX.  Half of it are
-products by `dp4a`, if that takes four cycles a warp (benchmarks/NOTES.md).
+On an H200 streams, router, six experts of 2048 x 4096 and the shared one take one row
+31.0 us, two rows 44.5.  In a pass it is 30 to 33, where it was 34 with the streams read
+before it, and 39 by launches for the router, the choice, the shared expert's gate and
+up, and then all else in PTX.  A third of it are products by `dp4a`, if that takes four
+cycles a warp (benchmarks/NOTES.md).
 
 No two of these launches may run side by side: each has all its programs wait for each
 other, so that they have to have the multiprocessors for themselves.

@@ -14,7 +14,6 @@ from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.iq2_arithmetic import finish
 from ds4jax.pallas.moe_router import choose, weigh, write_probabilities
 from ds4jax.pallas.moe_shape import (
-    EARLY_HALVES,
     LOGITS,
     SERVICE,
     THREADS,
@@ -81,19 +80,17 @@ OTHERS:
 def _shexp_weights(s: Shape) -> str:
     """Set barriers up and have the weights of the shared expert's tasks copied.
 
-    What the multiplying warps load first is on its way by then, and what they make of
-    it, for which all programs wait, goes before all but EARLY_HALVES.
+    What the multiplying warps load first is on its way by then.  What they make of it,
+    for which all programs wait, goes before all but half of a task: on an H200 a layer
+    takes 30.8 us if it goes before all, 29.7 so, and no less if before none.
     """
-    router = _await_router(s)
     text = start_barriers(s.barriers)
     text += f"""
     bar.warp.sync 0xffffffff;
     bar.sync 0, {THREADS};
     mov.u32 tile, %ctaid.x;"""
-    if EARLY_HALVES == 0:
-        text += router
     task = slots.wait_for("SHEXP_GATED_ROOM", s.settled, "number", 2)
-    task += slots.copy_shexp_gated(s, router if EARLY_HALVES == 1 else "")
+    task += slots.copy_shexp_gated(s, _await_router(s))
     return text + slots.each_shexp_task(s, "COPY_SHEXP", task)
 
 

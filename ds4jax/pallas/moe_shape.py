@@ -65,13 +65,6 @@ ORDER = Order(levels=4)
 LOGITS = 2
 """Of experts, that a program computes together."""
 
-EARLY_HALVES = 1
-"""Of a task's weights, that are copied before a program has computed its logits.
-
-They are on their way while programs read the streams; of two, the copies of all tasks
-for which there is room would be.
-"""
-
 
 class Routing(NamedTuple):
     """How rows choose experts.
