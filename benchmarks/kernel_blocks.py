@@ -36,6 +36,9 @@ from ds4jax.pallas.router import Router
 
 CONFIG = dataclasses.replace(ModelConfig.flash(), dtype=DTYPE)
 
+TRACED = 132
+"""Programs where there is no GPU, and a case is only traced."""
+
 
 def drawn_streams() -> tuple[Any, ...]:
     """Return streams, an update, and a hyper connection's weights but for the norm."""
@@ -93,8 +96,7 @@ def attention_input(what: str, compressors: list[int], indexed: bool) -> Case:
     def run(width, of_streams, norm, of_latent, first, second):
         reading = Reading(*of_streams, norm=norm, config=CONFIG)
         maps = attn_maps.Maps(first, (of_latent, CONFIG.rms_eps), second)
-        # Without a GPU it is only traced.
-        programs = attn_maps.programs(reading, maps) or 1
+        programs = attn_maps.programs(reading, maps) or TRACED
         return attn_maps.multiply(reading, maps, width, programs)
 
     def xla(of_streams, norm, of_latent, first, second):
@@ -134,9 +136,8 @@ def moe() -> Case:
     def run(width, of_streams, norm, router, routed, shared):
         reading = Reading(*of_streams, norm=norm, config=CONFIG)
         own = Router(router, jnp.zeros(EXPERTS), USED, 1.5, 2.0**-14)
-        # Without a GPU it is only traced.
         operands = own, routed, shared, ACTIVATION
-        programs = moe_ptx.programs(reading, *operands) or 1
+        programs = moe_ptx.programs(reading, *operands) or TRACED
         return moe_ptx.multiply(reading, None, *operands, width, programs)
 
     def route(x, router):
