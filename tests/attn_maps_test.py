@@ -21,10 +21,11 @@ from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.pallas import attn_maps, attn_maps_program, hc_ptx, ptx
 from ds4jax.pallas.attn_maps import Maps
-from ds4jax.pallas.attn_maps_shape import WARPS, Map, Shape
+from ds4jax.pallas.attn_maps_shape import Map, Shape
 from ds4jax.pallas.fixed_point import LIMBS
 from ds4jax.pallas.passes import DecodePass, within
 from ds4jax.pallas.ptx import SHARED
+from ds4jax.pallas.q8_arithmetic import WARPS
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS, WRITTEN, EPS = 2, 8, 1e-6

@@ -20,7 +20,8 @@ from ds4jax.pallas import ptx, q8_0, two_maps, two_maps_program
 from ds4jax.pallas.fixed_point import FixedPoint, Order, fix
 from ds4jax.pallas.matmul import two_maps_kernel
 from ds4jax.pallas.ptx import SHARED
-from ds4jax.pallas.two_maps_shape import OPERANDS, WARPS, Shape
+from ds4jax.pallas.q8_arithmetic import SLOT, WARPS
+from ds4jax.pallas.two_maps_shape import OPERANDS, Shape
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS, WRITTEN = 2, 8
@@ -121,7 +122,7 @@ def test_a_ring_and_activations_have_the_room_there_is():
     for rows in range(1, 9):
         for dtype in ("float32", "bfloat16"):
             s = Shape(rows, 8, *FLASH, dtype, programs=132)
-            assert s.shared <= SHARED < s.shared + s.slot + 16
+            assert s.shared <= SHARED < s.shared + SLOT + 16
             assert s.kept_rows == rows or s.slots == 2
 
 

@@ -23,13 +23,13 @@ from jaxtyping import Array, Float
 
 from ds4jax.pallas import hc_ptx, ptx
 from ds4jax.pallas.attn_maps_program import program
-from ds4jax.pallas.attn_maps_shape import PART, WARPS, Map, Shape
+from ds4jax.pallas.attn_maps_shape import Map, Shape
 from ds4jax.pallas.fixed_point import Order
 from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.latent import WIDTH
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.passes import Weight
-from ds4jax.pallas.q8_arithmetic import MULTIPLIERS
+from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS, WARPS
 from ds4jax.quant import QuantTensor
 
 ORDERS = (Order(),)
@@ -72,7 +72,7 @@ def serves(reading: Reading, maps: Maps, programs: int) -> bool:
         return False
     s = shape(len(reading.streams), reading, maps, programs)
     for m in s.maps:
-        if not m.parts or m.row % PART or MULTIPLIERS % m.parts or m.rows % m.lines:
+        if not m.parts or m.row % COLUMNS or MULTIPLIERS % m.parts or m.rows % m.lines:
             return False
     return latent.shape[0] == WIDTH and s.slots >= 2
 

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 
 from ds4jax.pallas import float16_arithmetic, hc_program, latent, q8_arithmetic
 from ds4jax.pallas.attn_maps_shape import (
-    FINISHERS,
     MEETING,
     SUMS,
-    WARPS,
     Map,
     Shape,
 )
-from ds4jax.pallas.float16_arithmetic import Floats
+from ds4jax.pallas.float16_arithmetic import CHUNKS, Floats
 from ds4jax.pallas.ptx import (
     LANES,
+    add_shared,
     arrive,
     begin,
     bind,
@@ -35,13 +34,16 @@ from ds4jax.pallas.ptx import (
 )
 from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
+    FINISHERS,
     MULTIPLIERS,
     ROWS,
+    SLOT,
     THREADS,
     Activations,
     find_half,
     find_own,
     find_weights,
+    part_warps,
 )
 
 
@@ -94,16 +96,9 @@ OTHERS:
     setp.ne.u32 p, warp, {MULTIPLIERS};
     @p bra READY;"""
     text += start_barriers(barriers)
+    text += part_warps() + hc_program.prologue(s.hc, s.place)
     return (
         text
-        + f"""
-READY:
-    bar.sync 0, {WARPS * LANES};
-    setp.eq.u32 p, warp, {MULTIPLIERS};
-    @p bra COPY;
-    setp.ge.u32 p, warp, {MULTIPLIERS};
-    @p bra FINISH;"""
-        + hc_program.prologue(s.hc, s.place)
         + """
     mov.u32 phase, 0;
     mov.u32 group, 0;"""
@@ -169,7 +164,7 @@ def _await_latent(s: Shape, m: Map) -> str:
 def _multiply(s: Shape, maps: Sequence[Map]) -> str:
     """Multiply the tasks of maps of a kind."""
     m = maps[0]
-    text = find_weights(s.slot)
+    text = find_weights(SLOT)
     text += f"""
     mad.lo.u32 value, number, {s.rows * SUMS * 4}, own_value;"""
     if m.is_q8_0:
@@ -206,14 +201,15 @@ def _fixed(s: Shape, m: Map) -> tuple[str, list[str]]:
 
 def _floats(s: Shape, m: Map) -> tuple[str, list[str]]:
     """Return what finds a map's activations as numbers, and reads each row's."""
-    read = float16_arithmetic.read_kept
     if m.is_second:
         kept = s.latent.floats
         place = f"\n    mad.lo.u32 a, part, {LANES}, lane;"
-        return place + kept.own("a"), [read(kept, row) for row in range(s.rows)]
+        rows = [kept.load(row, CHUNKS, "f32", "y") for row in range(s.rows)]
+        return place + kept.own("a"), rows
     kept, x = s.kept, Floats("x", m.columns, s.hc.dtype)
     rows = [
-        read(kept, row) if row < kept.rows else x.load(row) for row in range(s.rows)
+        kept.load(row, CHUNKS, "f32", "y") if row < kept.rows else x.load(row)
+        for row in range(s.rows)
     ]
     return kept.own("thread") + float16_arithmetic.stage(kept, x), rows
 
@@ -242,12 +238,8 @@ def _finish(s: Shape, m: Map) -> str:
     mad.wide.u32 address, own, 4, base;
     mov.u32 row, 0;
 ROW_{m.name}:
-    setp.lt.u32 leads, lane, {m.lines};
-    ld.shared.f32 f, [at+{s.values}];"""
-    for part in range(1, m.parts):
-        text += f"""
-    ld.shared.f32 g, [at+{s.values + part * m.lines * 4}];
-    add.f32 f, f, g;"""
+    setp.lt.u32 leads, lane, {m.lines};"""
+    text += add_shared("f", "g", "at", s.values, m.parts, m.lines * 4)
     text += store_row("f", "leads", "row", s.rows, copied, 4 * m.rows)
     text += f"""
     add.u32 at, at, {SUMS * 4};

@@ -10,18 +10,19 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.latent import Latent
-from ds4jax.pallas.ptx import LANES, SHARED
-from ds4jax.pallas.ptx_fixed_point import Counter
-from ds4jax.pallas.q8_arithmetic import MULTIPLIERS, ROWS, THREADS, Kept, kept_bytes
+from ds4jax.pallas.ptx import SHARED
+from ds4jax.pallas.ptx_fixed_point import APART, Counter
+from ds4jax.pallas.q8_arithmetic import (
+    COLUMNS,
+    MULTIPLIERS,
+    ROWS,
+    SLOT,
+    Kept,
+    kept_at,
+    kept_bytes,
+    kept_rows,
+)
 from ds4jax.pallas.ring import Ring
-
-FINISHERS = 3
-"""Warps that add parts up; one more has weights copied."""
-
-WARPS = MULTIPLIERS + 1 + FINISHERS
-
-PART = LANES * GROUP
-"""Bytes of a row of a weight that a warp multiplies: 32 for each lane."""
 
 FIRST = 1
 """Tasks whose weights are on their way at a time until the ring is full.
@@ -62,7 +63,7 @@ class Map(NamedTuple):
     @property
     def parts(self) -> int:
         """Return how many warps a row takes."""
-        return self.row // PART
+        return self.row // COLUMNS
 
     @property
     def lines(self) -> int:
@@ -130,7 +131,7 @@ class Shape(NamedTuple):
     @property
     def place(self) -> hc_shape.Place:
         """Return where the reading has room: where activations are kept after it."""
-        return hc_shape.Place(self._staged, 4 * hc_shape.APART, MEETING)
+        return hc_shape.Place(self._staged, 4 * APART, MEETING)
 
     @property
     def seconds(self) -> int:
@@ -161,30 +162,23 @@ class Shape(NamedTuple):
     @property
     def counters(self) -> int:
         """Return how many counters there is room for: that, and the reading's."""
-        return hc_shape.APART + self.hc.counters
-
-    @property
-    def slot(self) -> int:
-        """Return the bytes of a task's weights at most."""
-        return MULTIPLIERS * ROWS * (PART + PART // GROUP * 2)
+        return APART + self.hc.counters
 
     @property
     def kept_rows(self) -> int:
         """Return for how many rows' activations there is room beside two slots."""
-        room = self.room - self._others - 2 * (self.slot + 16)
-        return max(min(room // kept_bytes(self.limbs), self.rows), 0)
+        return kept_rows(self.rows, self.limbs, self.room - self._others)
 
     @property
     def slots(self) -> int:
         """Return for how many tasks' weights there is room."""
         room = self.room - self._others - self._staged_bytes
-        return room // (self.slot + 16)
+        return room // (SLOT + 16)
 
     @property
     def kept(self) -> Kept:
         """Return where activations are kept."""
-        at_scale = self._staged + self.kept_rows * self.limbs * THREADS * GROUP
-        return Kept(self.kept_rows, 2 * self.limbs, self._staged, at_scale)
+        return kept_at(self._staged, self.kept_rows, self.limbs)
 
     @property
     def latent(self) -> Latent:
@@ -200,7 +194,7 @@ class Shape(NamedTuple):
     def ring(self) -> Ring:
         """Return the ring of tasks' weights."""
         at = self.values + self._sums
-        return Ring(self.slots, self.slot, at, MULTIPLIERS, FIRST)
+        return Ring(self.slots, SLOT, at, MULTIPLIERS, FIRST)
 
     @property
     def summed(self) -> int:
@@ -224,7 +218,7 @@ class Shape(NamedTuple):
     @property
     def _staged(self) -> int:
         """Return where all that is multiplied by weights is, one after the other."""
-        return self.slots * self.slot
+        return self.slots * SLOT
 
     @property
     def _staged_bytes(self) -> int:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.ptx import LANES, number, registers
-from ds4jax.pallas.q8_arithmetic import ROWS, Kept, store_sums
+from ds4jax.pallas.ptx_fixed_point import round_all
+from ds4jax.pallas.q8_arithmetic import ROWS, Kept, read_line, store_sums
 
 COLUMNS = GROUP // 2
 """Of a lane."""
@@ -64,47 +65,18 @@ class Floats(NamedTuple):
         return text + round_all([f"y{i}" for i in range(COLUMNS)], self.dtype)
 
 
-def round_all(values: list[str], dtype: str) -> str:
-    """Round values to what operands are."""
-    if dtype == "float32":
-        return ""
-    return "".join(
-        f"""
-    cvt.rn.bf16.f32 narrow, {value};
-    mov.b32 {value}, {{0, narrow}};"""
-        for value in values
-    )
-
-
 def stage(kept: Kept, x: Floats) -> str:
     """Bring a lane's columns to places of its own, of the rows that are kept."""
     text = x.find()
     for row in range(kept.rows):
         text += x.load(row)
-        for chunk in range(CHUNKS):
-            own = registers("y", 4 * chunk, 4)
-            text += f"\n    st.shared.v4.f32 {kept.chunk(row, chunk)}, {own};"
-    return text
-
-
-def read_kept(kept: Kept, row: int) -> str:
-    """Read a lane's columns of a row."""
-    text = ""
-    for chunk in range(CHUNKS):
-        own = registers("y", 4 * chunk, 4)
-        text += f"\n    ld.shared.v4.f32 {own}, {kept.chunk(row, chunk)};"
+        text += kept.store(row, CHUNKS, "f32", "y")
     return text
 
 
 def read(row_bytes: int) -> str:
     """Read a lane's columns of a warp's rows of a weight, of so many bytes."""
-    text = ""
-    for line in range(ROWS):
-        place = line * row_bytes
-        text += f"""
-    ld.shared.v4.b32 {registers("w", 8 * line, 4)}, [at+{place}];
-    ld.shared.v4.b32 {registers("w", 8 * line + 4, 4)}, [other+{place}];"""
-    return text
+    return "".join(read_line(line, row_bytes) for line in range(ROWS))
 
 
 def convert() -> str:

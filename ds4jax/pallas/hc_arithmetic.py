@@ -15,7 +15,7 @@ from ds4jax.pallas.hc_shape import (
     Place,
     Shape,
 )
-from ds4jax.pallas.ptx import LANES, add_lanes, add_up, divide, number
+from ds4jax.pallas.ptx import LANES, add_lanes, add_shared, add_up, divide, number
 
 _ADDED_UP = 8
 """Sums that a warp adds up together: a power of two, of which SUMS_EACH are there."""
@@ -172,13 +172,7 @@ def read_row(s: Shape, place: Place) -> str:
 
 def _add_warps(s: Shape, place: Place, to: str) -> str:
     """Add up what warps left of a sum, those of the first at `a`; `f` is used."""
-    start = place.shared + s.sums
-    text = f"\n    ld.shared.f32 {to}, [a+{start}];"
-    for warp in range(1, WARPS):
-        text += f"""
-    ld.shared.f32 f, [a+{start + 4 * SUMS * warp}];
-    add.f32 {to}, {to}, f;"""
-    return text
+    return add_shared(to, "f", "a", place.shared + s.sums, WARPS, 4 * SUMS)
 
 
 def _add_half(value: str, other: str) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
-from ds4jax.pallas.ptx_fixed_point import Counter
+from ds4jax.pallas.ptx_fixed_point import APART, Counter
 
 WARPS = 8
 """Of a program, that take part: its first ones."""
@@ -40,9 +40,6 @@ MOST_ROWS = WARPS
 
 _MOST_TERMS = 16
 """Groups whose sums a warp has in registers at once."""
-
-APART = 32
-"""Counters from one to the next, and to others: they ask different parts of L2."""
 
 
 class Shape(NamedTuple):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from ds4jax.pallas import float16_arithmetic
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.float16_arithmetic import CHUNKS, round_all
-from ds4jax.pallas.ptx import LANES, add_lanes, number, registers
-from ds4jax.pallas.ptx_fixed_point import EXPONENT, LEAST, find_units
+from ds4jax.pallas.float16_arithmetic import CHUNKS
+from ds4jax.pallas.ptx import LANES, add_lanes, add_shared, divide, number, registers
+from ds4jax.pallas.ptx_fixed_point import EXPONENT, LEAST, find_units, round_all
 from ds4jax.pallas.q8_arithmetic import MULTIPLIERS, THREADS, Kept
 
 WIDTH = 4 * THREADS
@@ -108,24 +108,27 @@ def _find_places(latent: Latent) -> str:
 
     Of lanes that follow each other four read the other half of theirs first.
     """
-    of_lane = float16_arithmetic.COLUMNS // 4
-    return f"""
-    shr.u32 a, thread, {_WORDS.bit_length() - 1};
+    return (
+        divide("a", "thread", _WORDS)
+        + """
     mad.lo.u32 at_group, a, 4, shared;
     shr.u32 b, a, 2;
     shr.u32 other, thread, 2;
     xor.b32 b, b, other;
-    and.b32 b, b, 1;
+    and.b32 b, b, 1;"""
+        + f"""
     mad.lo.u32 b, b, {LANES}, a;
     and.b32 other, thread, 3;
     mad.lo.u32 b, b, 4, other;
-    mad.lo.u32 at_words, b, 4, shared;
-    shr.u32 a, thread, {of_lane.bit_length() - 1};
+    mad.lo.u32 at_words, b, 4, shared;"""
+        + divide("a", "thread", CHUNKS)
+        + f"""
     and.b32 b, a, 4;
     shr.u32 b, b, 1;
     xor.b32 b, b, other;
     mad.lo.u32 b, b, {latent.floats.places}, a;
     mad.lo.u32 at_floats, b, 16, shared;"""
+    )
 
 
 def _squares(row: int) -> str:
@@ -141,11 +144,7 @@ def _squares(row: int) -> str:
 def _norm(latent: Latent, row: int) -> str:
     """Norm a thread's channels of a row, and round them."""
     place = latent.squares + 4 * MULTIPLIERS * row
-    text = f"\n    ld.shared.f32 f, [shared+{place}];"
-    for warp in range(1, MULTIPLIERS):
-        text += f"""
-    ld.shared.f32 g, [shared+{place + 4 * warp}];
-    add.f32 f, f, g;"""
+    text = add_shared("f", "g", "shared", place, MULTIPLIERS, 4)
     text += f"""
     fma.rn.f32 f, f, {number(1 / WIDTH)}, {number(latent.eps)};
     sqrt.rn.f32 f, f;

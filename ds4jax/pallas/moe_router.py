@@ -14,6 +14,7 @@ from ds4jax.pallas.moe_shape import CHOOSERS, LOGITS, WARPS, Shape
 from ds4jax.pallas.ptx import (
     LANES,
     add_lanes,
+    add_shared,
     add_up,
     arrive,
     divide,
@@ -141,12 +142,8 @@ PROBABILITIES:
     text += wait("LOGITS_ADDED", f"bar+{s.added}", "0")
     text += f"""
     mad.lo.u32 a, own_row, {4 * WARPS}, shared;
-    mad.lo.u32 a, turn, {s.logits_each}, a;
-    ld.shared.f32 f, [a+{s.logits}];"""
-    for warp in range(1, WARPS):
-        text += f"""
-    ld.shared.f32 g, [a+{s.logits + 4 * warp}];
-    add.f32 f, f, g;"""
+    mad.lo.u32 a, turn, {s.logits_each}, a;"""
+    text += add_shared("f", "g", "a", s.logits, WARPS, 4)
     text += divide("b", "own_row", LOGITS)
     text += f"""
     mad.lo.u32 b, b, {experts}, chosen;

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
 from ds4jax.pallas.ptx import LANES
-from ds4jax.pallas.ptx_fixed_point import Counter
+from ds4jax.pallas.ptx_fixed_point import APART, Counter
 
 _READ = (
     "router", "bias_or_ids", "table", "gate_grid", "gate_signs", "gate_d", "up_grid",
@@ -181,7 +181,7 @@ class Shape(NamedTuple):
     @property
     def at_hc(self) -> int:
         """Return how many bytes after it those of the hyper connection begin."""
-        apart = 4 * hc_shape.APART
+        apart = 4 * APART
         return pl.cdiv(self.at_finished + 4 * self.parts, apart) * apart
 
     @property

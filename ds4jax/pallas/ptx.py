@@ -194,6 +194,25 @@ def add_lanes(value: str, other: str, bit: int) -> str:
     add.f32 {value}, {value}, {other};"""
 
 
+def add_shared(to: str, other: str, at: str, place: int, count: int, apart: int) -> str:
+    """Add up numbers in shared memory, in their order.
+
+    Args:
+      to: register of the sum.
+      other: register that is used.
+      at: register of an address.
+      place: of the first number after it.
+      count: of numbers.
+      apart: bytes from one to the next.
+    """
+    text = f"\n    ld.shared.f32 {to}, [{at}+{place}];"
+    for i in range(1, count):
+        text += f"""
+    ld.shared.f32 {other}, [{at}+{place + i * apart}];
+    add.f32 {to}, {to}, {other};"""
+    return text
+
+
 def add_up(rows: int) -> str:
     """Add up the lanes' sums of rows, a power of two: a lane is left with one, `sum0`.
 

@@ -32,12 +32,7 @@ def fix(dtype: str) -> str:
     Its scale is left in `unit`, and its words in `word0` to the last limb's, of every
     `fourth` lane.  Nothing is divided: a power of two's inverse follows from its bits.
     """
-    text = ""
-    if dtype == "bfloat16":
-        text += """
-    cvt.rn.bf16.f32 narrow, f;
-    mov.b32 cut, {0, narrow};
-    mov.b32 f, cut;"""
+    text = round_all(["f"], dtype)
     limbs = LIMBS[dtype]
     text += f"""
     mov.b32 cut, f;
@@ -65,6 +60,18 @@ def fix(dtype: str) -> str:
     shfl.sync.bfly.b32 neighbour, {word}, 2, 31, 0xffffffff;
     or.b32 {word}, {word}, neighbour;"""
     return text
+
+
+def round_all(values: Sequence[str], dtype: str) -> str:
+    """Round values to what operands are."""
+    if dtype == "float32":
+        return ""
+    return "".join(
+        f"""
+    cvt.rn.bf16.f32 narrow, {value};
+    mov.b32 {value}, {{0, narrow}};"""
+        for value in values
+    )
 
 
 def find_units(limbs: int, power: str) -> str:
@@ -113,6 +120,10 @@ def to_float(limbs: int) -> str:
     cvt.rn.f32.s32 g, m2;
     fma.rn.f32 f, f, {number(256.0)}, g;"""
     return text
+
+
+APART = 32
+"""Counters from one that programs use to the next: they ask different parts of L2."""
 
 
 class Counter(NamedTuple):

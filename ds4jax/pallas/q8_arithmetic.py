@@ -23,7 +23,18 @@ ROWS = 4
 """Of a weight, that a warp multiplies for a task."""
 
 COLUMNS = LANES * GROUP
-"""Of a row of a weight, that a warp multiplies: a group for each lane."""
+"""Of a row of a weight, that a warp multiplies: a group for each lane, 32 bytes."""
+
+QUANTS = MULTIPLIERS * ROWS * COLUMNS
+"""Bytes of a task, but for `d`."""
+
+SLOT = QUANTS + QUANTS // GROUP * 2
+"""Bytes of a task: quants, then `d`."""
+
+FINISHERS = 3
+"""Warps that add parts up and finish rows; one more has weights copied."""
+
+WARPS = MULTIPLIERS + 1 + FINISHERS
 
 
 class Kept(NamedTuple):
@@ -60,16 +71,50 @@ class Kept(NamedTuple):
 
     def read(self, row: int) -> str:
         """Read a row in fixed point."""
-        text = ""
-        for chunk in range(self.chunks):
-            own = registers("x", 4 * chunk, 4)
-            text += f"\n    ld.shared.v4.b32 {own}, {self.chunk(row, chunk)};"
+        text = self.load(row, self.chunks, "b32", "x")
         return text + f"\n    ld.shared.f32 scale0, {self.scale(row)};"
+
+    def load(self, row: int, count: int, kind: str, name: str) -> str:
+        """Load so many chunks of a row to registers of a kind and a name."""
+        text = ""
+        for i in range(count):
+            own = registers(name, 4 * i, 4)
+            text += f"\n    ld.shared.v4.{kind} {own}, {self.chunk(row, i)};"
+        return text
+
+    def store(self, row: int, count: int, kind: str, name: str, first: int = 0) -> str:
+        """Store registers, from a number on, as so many chunks of a row."""
+        text = ""
+        for i in range(count):
+            own = registers(name, first + 4 * i, 4)
+            text += f"\n    st.shared.v4.{kind} {self.chunk(row, i)}, {own};"
+        return text
 
 
 def kept_bytes(limbs: int) -> int:
     """Return how many bytes a row of all threads takes there."""
     return THREADS * (limbs * GROUP + 4)
+
+
+def kept_rows(rows: int, limbs: int, room: int) -> int:
+    """Return how many of some rows so many bytes have room for, beside two slots."""
+    return max(min((room - 2 * (SLOT + 16)) // kept_bytes(limbs), rows), 0)
+
+
+def kept_at(at: int, rows: int, limbs: int) -> Kept:
+    """Return so many rows of all threads that are kept from a byte on."""
+    return Kept(rows, 2 * limbs, at, at + rows * limbs * THREADS * GROUP)
+
+
+def part_warps() -> str:
+    """Have warps meet, and all go on elsewhere but those that multiply."""
+    return f"""
+READY:
+    bar.sync 0, {WARPS * LANES};
+    setp.eq.u32 p, warp, {MULTIPLIERS};
+    @p bra COPY;
+    setp.ge.u32 p, warp, {MULTIPLIERS};
+    @p bra FINISH;"""
 
 
 class Activations(NamedTuple):
@@ -124,9 +169,7 @@ def stage(kept: Kept, x: Activations, limbs: int) -> str:
     for row in range(kept.rows):
         text += x.load(limbs, row, row * words)
     for row in range(kept.rows):
-        for chunk in range(kept.chunks):
-            own = registers("x", row * words + 4 * chunk, 4)
-            text += f"\n    st.shared.v4.b32 {kept.chunk(row, chunk)}, {own};"
+        text += kept.store(row, kept.chunks, "b32", "x", row * words)
         text += f"\n    st.shared.f32 {kept.scale(row)}, scale{row};"
     return text
 
@@ -182,15 +225,20 @@ def find_weights(slot: int) -> str:
     add.u32 other, other, here;"""
 
 
+def read_line(line: int, row: int) -> str:
+    """Read both halves of a lane's part of one of a warp's rows, of so many bytes."""
+    return f"""
+    ld.shared.v4.b32 {registers("w", 8 * line, 4)}, [at+{line * row}];
+    ld.shared.v4.b32 {registers("w", 8 * line + 4, 4)}, [other+{line * row}];"""
+
+
 def read(columns: int) -> str:
     """Read a lane's groups of a warp's rows of a weight of so many columns."""
     text = ""
     for line in range(ROWS):
-        place = line * columns
+        text += read_line(line, columns)
         text += f"""
-    ld.shared.v4.b32 {registers("w", 8 * line, 4)}, [at+{place}];
-    ld.shared.v4.b32 {registers("w", 8 * line + 4, 4)}, [other+{place}];
-    ld.shared.b16 d, [at_d+{place // GROUP * 2}];
+    ld.shared.b16 d, [at_d+{line * columns // GROUP * 2}];
     cvt.f32.f16 d{line}, d;"""
     return text
 

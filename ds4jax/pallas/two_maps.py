@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from ds4jax.pallas import ptx
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes
-from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS
+from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS, WARPS
 from ds4jax.pallas.two_maps_program import program
-from ds4jax.pallas.two_maps_shape import WARPS, Shape
+from ds4jax.pallas.two_maps_shape import Shape
 from ds4jax.quant import QuantTensor
 
 _ROWS = 8

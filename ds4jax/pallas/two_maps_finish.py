@@ -6,10 +6,10 @@ A piece of the first map is put into fixed point, and counted for those who wait
 from __future__ import annotations
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import divide, store_row, wait
-from ds4jax.pallas.ptx_fixed_point import fix, store_words
-from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS
-from ds4jax.pallas.two_maps_shape import APART, FINISHERS, PIECE, Map, Shape
+from ds4jax.pallas.ptx import add_shared, divide, store_row, wait
+from ds4jax.pallas.ptx_fixed_point import APART, fix, store_words
+from ds4jax.pallas.q8_arithmetic import COLUMNS, FINISHERS, MULTIPLIERS
+from ds4jax.pallas.two_maps_shape import PIECE, Map, Shape
 
 
 def finish_first(s: Shape) -> str:
@@ -105,12 +105,7 @@ ON:
 
 def _total(weight: Map) -> str:
     """Leave a row's sum over all its parts, the first of which is at `at`, in `f`."""
-    text = "\n    ld.shared.f32 f, [at];"
-    for part in range(1, weight.parts):
-        text += f"""
-    ld.shared.f32 g, [at+{part * PIECE * 4}];
-    add.f32 f, f, g;"""
-    return text
+    return add_shared("f", "g", "at", 0, weight.parts, PIECE * 4)
 
 
 def _fix_piece(s: Shape, counter: str) -> str:

@@ -14,7 +14,6 @@ weight's columns, and a warp that multiplies that part waits for all of its grou
 from __future__ import annotations
 
 from ds4jax.pallas.ptx import (
-    LANES,
     arrive,
     begin,
     bind,
@@ -22,24 +21,25 @@ from ds4jax.pallas.ptx import (
     start_barriers,
     wait,
 )
-from ds4jax.pallas.ptx_fixed_point import declare
+from ds4jax.pallas.ptx_fixed_point import APART, declare
 from ds4jax.pallas.q8_arithmetic import (
     MULTIPLIERS,
+    QUANTS,
     ROWS,
+    SLOT,
     Activations,
     find_half,
     find_own,
     find_weights,
     multiply,
+    part_warps,
     read,
     stage,
 )
 from ds4jax.pallas.two_maps_finish import finish_first, finish_second
 from ds4jax.pallas.two_maps_shape import (
-    APART,
     OPERANDS,
     PIECE,
-    WARPS,
     Shape,
 )
 
@@ -87,18 +87,8 @@ def _start(s: Shape) -> str:
     setp.ne.u32 p, warp, {MULTIPLIERS};
     @p bra READY;"""
     text += start_barriers(barriers)
-    return (
-        text
-        + f"""
-READY:
-    bar.sync 0, {WARPS * LANES};
-    setp.eq.u32 p, warp, {MULTIPLIERS};
-    @p bra COPY;
-    setp.ge.u32 p, warp, {MULTIPLIERS};
-    @p bra FINISH;
-    mov.u32 phase, 0;{s.kept.own("thread")}"""
-        + find_half()
-    )
+    text += part_warps() + "\n    mov.u32 phase, 0;"
+    return text + s.kept.own("thread") + find_half()
 
 
 def _share(to: str, program: str, items: int, programs: int) -> str:
@@ -125,13 +115,13 @@ def _multiply_map(s: Shape, number: int) -> str:
     mul.lo.u32 last, last, {weight.each if number == 0 else 1};
     setp.eq.u32 p, last, 0;
     @p bra MULTIPLIED{number};"""
-        + find_own(weight.parts, weight.columns, s.quants, 4 * PIECE, s.values[number])
+        + find_own(weight.parts, weight.columns, QUANTS, 4 * PIECE, s.values[number])
         + (_await_middle(s, x) if number else "\n    mov.u32 group, 0xffffffff;")
         + f"""
     mov.u32 task, 0;
 MULTIPLY{number}:"""
         + ("" if number else _change_group(s, x))
-        + find_weights(s.slot)
+        + find_weights(SLOT)
         + f"""
     add.u32 at_d, here, own_d;
     and.b32 a, task, {weight.each - 1};
@@ -205,7 +195,7 @@ def _copy(s: Shape, number: int) -> str:
 COPY{number}:
     setp.ge.u32 p, task, last;
     @p bra COPIES{number};"""
-    sizes = ("quants", s.quants), ("d", s.slot - s.quants)
+    sizes = ("quants", QUANTS), ("d", SLOT - QUANTS)
     pieces = [(f"{weight.name}_{n}", "task", size, size) for n, size in sizes]
     return (
         text

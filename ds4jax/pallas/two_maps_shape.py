@@ -8,14 +8,16 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
 from ds4jax.pallas.ptx import SHARED
-from ds4jax.pallas.ptx_fixed_point import Counter
+from ds4jax.pallas.ptx_fixed_point import APART, Counter
 from ds4jax.pallas.q8_arithmetic import (
     COLUMNS,
     MULTIPLIERS,
     ROWS,
-    THREADS,
+    SLOT,
     Kept,
+    kept_at,
     kept_bytes,
+    kept_rows,
 )
 from ds4jax.pallas.ring import Ring
 
@@ -25,16 +27,8 @@ OPERANDS = (
 )  # fmt: skip
 """Addresses that a program is given: `%name` in the text, `$i` in the end."""
 
-FINISHERS = 3
-"""Warps that finish rows; one more has weights copied."""
-
-WARPS = MULTIPLIERS + 1 + FINISHERS
-
 PIECE = GROUP
 """Rows of a weight that are finished together: of the first, those of a scale."""
-
-APART = 32
-"""Counters from one that programs use to the next: they ask different parts of L2."""
 
 
 class Map(NamedTuple):
@@ -111,45 +105,32 @@ class Shape(NamedTuple):
         return pieces, pl.cdiv(tasks, second.each)
 
     @property
-    def quants(self) -> int:
-        """Return the bytes of a task's quants."""
-        return MULTIPLIERS * ROWS * COLUMNS
-
-    @property
-    def slot(self) -> int:
-        """Return the bytes of a task's weights: quants, then d."""
-        return self.quants + self.quants // GROUP * 2
-
-    @property
     def kept_rows(self) -> int:
         """Return for how many rows' activations there is room beside two slots."""
-        room = self.room - self._others - 2 * (self.slot + 16)
-        return max(min(room // kept_bytes(self.limbs), self.rows), 0)
+        return kept_rows(self.rows, self.limbs, self.room - self._others)
 
     @property
     def slots(self) -> int:
         """Return for how many tasks' weights there is room."""
         room = self.room - self._others - self.kept_rows * kept_bytes(self.limbs)
-        return room // (self.slot + 16)
+        return room // (SLOT + 16)
 
     @property
     def kept(self) -> Kept:
         """Return where they are kept."""
-        at = self.slots * self.slot
-        at_scale = at + self.kept_rows * self.limbs * THREADS * GROUP
-        return Kept(self.kept_rows, 2 * self.limbs, at, at_scale)
+        return kept_at(self.slots * SLOT, self.kept_rows, self.limbs)
 
     @property
     def values(self) -> tuple[int, int]:
         """Return where the sums are of each weight's pieces, rows and parts."""
-        first = self.kept.at_scale + self.kept_rows * THREADS * 4
+        first = self.slots * SLOT + self.kept_rows * kept_bytes(self.limbs)
         return first, first + self._sums(0)
 
     @property
     def ring(self) -> Ring:
         """Return the ring of tasks' weights."""
         barriers = self.values[1] + self._sums(1)
-        return Ring(self.slots, self.slot, barriers, MULTIPLIERS)
+        return Ring(self.slots, SLOT, barriers, MULTIPLIERS)
 
     @property
     def summed(self) -> tuple[int, int]:
