@@ -38,7 +38,6 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import long_attention
-from ds4jax.pallas.fixed_point import FixedPoint
 from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
@@ -142,7 +141,6 @@ class Attention(nnx.Module):
         x: Float[Array, "B T D"],
         cache: LayerCache | None,
         rows: Rows,
-        fixed: FixedPoint | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Int[Array, "B T N"] | None]:
         """Attend.
 
@@ -150,13 +148,12 @@ class Attention(nnx.Module):
           x: normed hidden rows.
           cache: the layer's state, or None for a sequence that starts here.
           rows: where `x` belongs.
-          fixed: `x` as kernels read it, if something computed that already.
 
         Returns:
           The output, the state after, and the indexer's choice (CSA; -1 where fewer
           rows exist than it may pick), else None.
         """
-        return self.attend(project_input(self.input_maps, x, fixed), cache, rows)
+        return self.attend(project_input(self.input_maps, x), cache, rows)
 
     @property
     def input_maps(self) -> InputMaps:

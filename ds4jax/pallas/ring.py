@@ -2,7 +2,7 @@
 
 One warp has a task's weights copied to the next slot when nobody needs what is there.
 The warps that read them take the slots in the same order.  Each has registers `slot`
-and `phase` of its own, from `start` on.
+and `phase` of its own, zero at first, or as `start_copies` has them.
 """
 
 from __future__ import annotations
