@@ -19,12 +19,12 @@ from ds4jax.decode import carry as carries
 from ds4jax.decode import driver
 from ds4jax.decode.modes import GREEDY, Decoding, Mode
 from ds4jax.model import deepseek
-from ds4jax.model.attention import Attention
+from ds4jax.model.attention import Attention, Source
 from ds4jax.model.attention_input import project_streams
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas import attn_maps, moe_ptx, two_maps
+from ds4jax.pallas import attn_maps, attn_out, moe_ptx, two_maps
 from ds4jax.pallas.fixed_point import LIMBS, fix
 from ds4jax.pallas.matmul import two_maps_kernel
 from ds4jax.pallas.passes import DecodePass, Weight, within
@@ -218,6 +218,37 @@ def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
     assert_near(whole, run(8, *operands), dtype)
+
+
+@pytest.mark.parametrize("compressed, chosen", [(0, 0), (2048, 512), (516, 0)])
+def test_attention_and_its_output_in_ptx_and_by_triton(compressed, chosen, monkeypatch):
+    """The same but for the order of sums; in PTX, the same bits at every width."""
+    config = ModelConfig.flash(experts=8, dtype="bfloat16")
+    own, k, window = of_layer(config, 0), config.head_dim, config.window + 8
+    keys = iter(jax.random.split(jax.random.key(7), 8))
+    normal = lambda *shape: jax.random.normal(next(keys), shape)  # noqa: E731
+    draw = lambda *shape: jax.random.uniform(next(keys), shape)  # noqa: E731
+    sources = [Source(normal(1, window, k), draw(1, 8, window) < 0.9)]
+    if compressed:
+        index, size = None, chosen or compressed
+        if chosen:
+            index = jax.random.randint(next(keys), (1, 8, size), 0, compressed)
+        sources.append(
+            Source(normal(1, compressed, k), draw(1, 8, size) < 0.7, index)
+        )
+    query, positions = normal(1, 8, config.heads, k), jnp.arange(8)[None] + 1000
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(width, query, sources, own):
+        with within(DecodePass(width, jnp.int32(width))):
+            return [Attention(config, 0, own)._attend(query, sources, positions)]
+
+    operands = query, sources, own
+    assert_same_by_width("attn_out_8x", run, *operands)
+    whole = run(8, *operands)
+    monkeypatch.setattr(attn_out, "programs", lambda *_: 0)
+    jax.clear_caches()
+    assert_near(whole, run(8, *operands), "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", LIMBS)

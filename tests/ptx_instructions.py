@@ -63,6 +63,25 @@ def fused(a, b, c):
     return bits(real(a).astype(np.float64) * real(b) + real(c))
 
 
+def multiply_tiles(a, b, c):
+    """Return `mma` of 16 x 16 and 16 x 8 numbers in bfloat16, added to c, in registers.
+
+    Of each a lane has two that are side by side; four lanes have eight of a row, or of
+    a column of the second.
+    """
+    place, own = np.divmod(np.arange(LANES), 4)
+    pair, half = 2 * own[:, None] + np.arange(2), np.arange(2)[:, None, None]
+    halves = lambda words: np.stack([words << 16, words & 0xFFFF0000], -1)  # noqa: E731
+    first, second = np.zeros((16, 16)), np.zeros((16, 8))
+    for i, words in enumerate(a):
+        first[place[:, None] + i % 2 * 8, pair + i // 2 * 8] = real(halves(words))
+    for i, words in enumerate(b):
+        second[pair + 8 * i, place[:, None]] = real(halves(words))
+    rows = place[:, None] + 8 * half
+    found = np.float32(first @ second)[rows, pair].transpose(0, 2, 1).reshape(4, LANES)
+    return [bits(real(x) + y) for x, y in zip(c, found, strict=True)]
+
+
 COMPUTE = {
     "add.u32": lambda a, b: a + b,
     "sub.u32": lambda a, b: a - b,
@@ -97,6 +116,7 @@ COMPUTE = {
     "cvt.f32.f16": lambda a: bits(a.view(np.float16)),
     "cvt.rn.f32.s32": lambda a: bits(signed(a)),
     "cvt.rn.bf16.f32": narrow,
+    "cvt.rn.bf16x2.f32": lambda a, b: narrow(a).astype(np.uint32) << 16 | narrow(b),
     "cvt.rmi.s32.f32": lambda a: np.floor(real(a)).astype(np.int32).view(np.uint32),
     "add.f32": lambda a, b: bits(real(a) + real(b)),
     "mul.f32": lambda a, b: bits(real(a) * real(b)),

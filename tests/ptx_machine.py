@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from ptx_instructions import COMPUTE, LANES
+from ptx_instructions import COMPUTE, LANES, multiply_tiles
 
 SHARED = 1024
 """Where shared memory begins; operand i begins at (i + 1) << 32."""
@@ -185,6 +185,11 @@ class Program:
                 # Whoever looks at this again and again lets others run between.
                 self.machine.note(False)
                 return False
+        elif name.startswith("mma."):
+            to, *read = (o[1:-1].split(", ") for o in operands)
+            found = multiply_tiles(*([self.value(warp, o) for o in own] for own in read))
+            for register, value in zip(to, found, strict=True):
+                self.write(warp, register, value, on)
         elif name.startswith("red."):
             self.count(warp, operands, on)
         elif name.startswith(("mbarrier.", "cp.async")):

@@ -21,7 +21,7 @@ from ds4jax.pallas.fixed_point import FixedPoint, Order, fix
 from ds4jax.pallas.matmul import two_maps_kernel
 from ds4jax.pallas.ptx import SHARED
 from ds4jax.pallas.q8_arithmetic import SLOT, WARPS
-from ds4jax.pallas.two_maps_shape import OPERANDS, Shape
+from ds4jax.pallas.two_maps_shape import Shape
 from ds4jax.quant import QuantTensor, dequantize
 
 ROWS, WRITTEN = 2, 8
@@ -69,7 +69,7 @@ def run(
     """Return the middle and the result; the rows not to be computed are NaNs."""
     columns, groups, middle, out = sizes
     x = drawn(sizes).at[rows:].set(jnp.nan).reshape(-1, columns)
-    s = Shape(rows, WRITTEN, groups, columns, middle, out, dtype, programs, room)
+    s = Shape(rows, WRITTEN, groups, columns, middle, out, dtype, programs, room=room)
     given = two_maps.operands(s, fix(x, dtype, interpret=True), *weights(sizes))
     # NaNs where nothing is written.
     written = [
@@ -79,7 +79,7 @@ def run(
     text = two_maps_program.program(s)
     operands = [*map(np.array, given), *written]
     Machine(text, operands, s.shared, WARPS).run(programs, seed=rows)
-    same(operands[OPERANDS.index("counters")], 0)
+    same(operands[s.operands.index("counters")], 0)
     words, scale, found = written
     arrays = words, scale, np.zeros((*scale.shape, 2), np.float32)
     return FixedPoint(*map(jnp.asarray, arrays), order=Order()), found

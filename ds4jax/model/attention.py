@@ -37,7 +37,7 @@ from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
-from ds4jax.pallas import long_attention
+from ds4jax.pallas import attn_out, long_attention
 from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
@@ -271,8 +271,12 @@ class Attention(nnx.Module):
             turned = turn(positions, self.table)
             operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
             query, sources, turned = operands
-            sizes = c.rms_eps, c.dtype, c.o_groups, width
-            return multiply(width, pallas.attend(query, sources, sinks, turned, *sizes))
+            of_maps = *maps, c.o_groups, c.dtype
+            given = query, sources, sinks, turned, c.rms_eps
+            if count := attn_out.programs(query, sources, c.rope_dim, *of_maps):
+                return attn_out.multiply(*given, *of_maps, width, count)[None]
+            found = pallas.attend(*given, c.dtype, c.o_groups, width)
+            return multiply(width, found)
 
         cuda = kernel if multiply and self._is_served(sources) else None
         return by_kernel(over_all, query, sources, positions, cuda=cuda)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 LANES = 32
 """Of a warp."""
 
-SHARED = 227 * 1024
+SHARED = 226 * 1024
 """Bytes of shared memory that a program can have on Hopper."""
 
 

@@ -20,6 +20,13 @@ it is written, and both maps of attention's output take 21.5 us for 20.1; one is
 for the memory, 22.1.
 """
 
+FIRST = 1
+"""As many until the ring is full, where programs tell each other something meanwhile.
+
+On an H200 the input of a dense layer's attention takes 16.3 us, of HCA 17.3 and of CSA
+23.6, with two 18.4, 18.9 and 25.3; attention and its output 26.3 for 27.8.
+"""
+
 
 class Ring(NamedTuple):
     """Where it is: slots from the first byte on.

@@ -13,6 +13,7 @@ weight's columns, and a warp that multiplies that part waits for all of its grou
 
 from __future__ import annotations
 
+from ds4jax.pallas import attend_program
 from ds4jax.pallas.ptx import (
     arrive,
     begin,
@@ -37,22 +38,23 @@ from ds4jax.pallas.q8_arithmetic import (
     stage,
 )
 from ds4jax.pallas.two_maps_finish import finish_first, finish_second
-from ds4jax.pallas.two_maps_shape import (
-    OPERANDS,
-    PIECE,
-    Shape,
-)
+from ds4jax.pallas.two_maps_shape import PIECE, Shape
 
 
 def program(s: Shape) -> str:
     """Return the text of a program."""
     text = "{" + _start(s)
+    if s.attention:
+        text += attend_program.attend(s.attention, s.place)
     for number in range(2):
         text += _multiply_map(s, number)
-    text += "\n    bra END;\nCOPY:" + _copy(s, 0) + _copy(s, 1)
+    text += "\n    bra END;\nCOPY:"
+    if s.attention:
+        text += attend_program.await_loads(s.attention, s.place)
+    text += _copy(s, 0) + _copy(s, 1)
     text += "\n    bra END;\nFINISH:" + finish_first(s) + finish_second(s)
     text += "\nEND:\n}"
-    return bind(text, OPERANDS)
+    return bind(text, s.operands)
 
 
 def _start(s: Shape) -> str:
@@ -72,6 +74,7 @@ def _start(s: Shape) -> str:
     .reg .b64 address, base, near, far;
     .reg .b16 d;
     .reg .f32 f, g, scale<{max(s.kept_rows, 1)}>, d<{ROWS}>, sum<{ROWS}>;"""
+    text += attend_program.declare(s.attention) if s.attention else ""
     text += begin()
     text += """
     mov.b64 base, %shared;

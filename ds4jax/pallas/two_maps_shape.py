@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
+from ds4jax.pallas import attend_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
 from ds4jax.pallas.ptx import SHARED
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
@@ -19,13 +20,10 @@ from ds4jax.pallas.q8_arithmetic import (
     kept_bytes,
     kept_rows,
 )
-from ds4jax.pallas.ring import Ring
+from ds4jax.pallas.ring import AHEAD, FIRST, Ring
 
-OPERANDS = (
-    "words", "scale", "first_quants", "first_d", "second_quants", "second_d",
-    "counters", "middle_words", "middle_scale", "out", "shared",
-)  # fmt: skip
-"""Addresses that a program is given: `%name` in the text, `$i` in the end."""
+MEETING = 1
+"""The barrier at which warps that multiply meet."""
 
 PIECE = GROUP
 """Rows of a weight that are finished together: of the first, those of a scale."""
@@ -72,6 +70,7 @@ class Shape(NamedTuple):
       out: rows of the second weight.
       dtype: of operands.
       programs: that run side by side.
+      attention: what gives the activations, if the launch does.
       room: bytes of shared memory that there are.
     """
 
@@ -83,7 +82,18 @@ class Shape(NamedTuple):
     out: int
     dtype: str
     programs: int
+    attention: attend_shape.Shape | None = None
     room: int = SHARED
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Return the addresses a program is given: `%name` in the text, `$i` later."""
+        given, found = ("words", "scale"), ()
+        if self.attention:
+            given, found = self.attention.read_operands, attend_shape.WRITTEN
+        weights = "first_quants", "first_d", "second_quants", "second_d", "counters"
+        results = "middle_words", "middle_scale", "out"
+        return *given, *weights, *found, *results, "shared"
 
     @property
     def maps(self) -> tuple[Map, Map]:
@@ -112,8 +122,7 @@ class Shape(NamedTuple):
     @property
     def slots(self) -> int:
         """Return for how many tasks' weights there is room."""
-        room = self.room - self._others - self.kept_rows * kept_bytes(self.limbs)
-        return room // (SLOT + 16)
+        return (self.room - self._others - self._staged) // (SLOT + 16)
 
     @property
     def kept(self) -> Kept:
@@ -123,14 +132,15 @@ class Shape(NamedTuple):
     @property
     def values(self) -> tuple[int, int]:
         """Return where the sums are of each weight's pieces, rows and parts."""
-        first = self.slots * SLOT + self.kept_rows * kept_bytes(self.limbs)
+        first = self.slots * SLOT + self._staged
         return first, first + self._sums(0)
 
     @property
     def ring(self) -> Ring:
         """Return the ring of tasks' weights."""
         barriers = self.values[1] + self._sums(1)
-        return Ring(self.slots, SLOT, barriers, MULTIPLIERS)
+        first = FIRST if self.attention else AHEAD
+        return Ring(self.slots, SLOT, barriers, MULTIPLIERS, first)
 
     @property
     def summed(self) -> tuple[int, int]:
@@ -144,9 +154,15 @@ class Shape(NamedTuple):
         return self.summed[1] + self.pieces[1] * 8
 
     @property
+    def place(self) -> attend_shape.Place:
+        """Return where attention has room: where activations are kept after it."""
+        return attend_shape.Place(self.slots * SLOT, 4 * self._middle_counters, MEETING)
+
+    @property
     def counters(self) -> int:
         """Return how many numbers there are of which some are counters."""
-        return self.maps[1].parts * APART
+        attention = self.attention.counters if self.attention else 0
+        return self._middle_counters + attention
 
     @property
     def counter(self) -> Counter:
@@ -155,6 +171,16 @@ class Shape(NamedTuple):
         waiting = min(second.rows // second.lines, self.programs)
         each = MULTIPLIERS // second.parts
         return Counter(COLUMNS // PIECE * self.rows, waiting * each)
+
+    @property
+    def _middle_counters(self) -> int:
+        return self.maps[1].parts * APART
+
+    @property
+    def _staged(self) -> int:
+        """Return the bytes of what activations are kept in, and attended in before."""
+        kept = self.kept_rows * kept_bytes(self.limbs)
+        return max(kept, self.attention.shared if self.attention else 0)
 
     @property
     def _others(self) -> int:

@@ -1,0 +1,135 @@
+"""Attention and both maps of its output in one launch, in PTX.
+
+By launches of their own (`attention`, `two_maps`) no weight is on its way until parts of
+attention are put together.  Here the first maps' weights fill shared memory meanwhile.
+
+Operands of attention's products are bfloat16.  No two of these launches may run side by
+side: programs of one wait for each other, so each has to have a multiprocessor at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ds4jax.pallas import attend_shape, ptx, two_maps
+from ds4jax.pallas.attention import Source, Turn
+from ds4jax.pallas.fixed_point import Order, shapes
+from ds4jax.pallas.q8_arithmetic import WARPS
+from ds4jax.pallas.two_maps_program import program
+from ds4jax.pallas.two_maps_shape import Shape
+from ds4jax.quant import QuantTensor
+
+
+def programs(
+    query: Float[Array, "T H K"],
+    sources: Sequence[Source],
+    turned: int,
+    first: QuantTensor,
+    second: QuantTensor,
+    groups: int,
+    dtype: str,
+) -> int:
+    """Return how many programs `multiply` would have: one for each multiprocessor.
+
+    0 if it is not for such operands, or not for the device that there is.
+
+    Args:
+      query, sources, first, second, groups, dtype: as of `multiply`.
+      turned: channels of a head that are rotated.
+    """
+    count = ptx.programs()
+    if not count or not two_maps.serves(first, second, groups, dtype, count):
+        return 0
+    rows = len(query)
+    s = shape(query, sources, turned, 0.0, first, second, groups, dtype, rows, count)
+    assert s.attention
+    return count if attend_shape.serves(s.attention) and s.slots >= 2 else 0
+
+
+def multiply(
+    query: Float[Array, "T H K"],
+    sources: Sequence[Source],
+    sinks: Float[Array, "H"],
+    turn: Turn,
+    eps: float,
+    first: QuantTensor,
+    second: QuantTensor,
+    groups: int,
+    dtype: str,
+    width: int,
+    programs: int,
+) -> Float[Array, "T Out"]:
+    """Return both maps of what `attention.attend` gives, float32.
+
+    Args:
+      query, sources, sinks, turn, eps: as of `attention.attend`.
+      first, second, groups, dtype: as of `two_maps.multiply`.
+      width: how many of the T rows to compute; the others' results are copies of the
+        last of these.
+      programs: that run side by side; the result is the same whatever their number.
+    """
+    turned = turn[0].shape[1]
+    s = shape(
+        query, sources, turned, eps, first, second, groups, dtype, width, programs
+    )
+    *_, out = ptx.launch(
+        f"attn_out_{width}x{s.middle}x{s.out}",
+        program(s),
+        operands(s, query, sources, sinks, turn, first, second),
+        written(s),
+        s.shared,
+        programs,
+        WARPS,
+    )
+    return out
+
+
+def shape(
+    query, sources, turned, eps, first, second, groups, dtype, width, programs
+) -> Shape:
+    """Return what programs are made for."""
+    rows, heads, k = query.shape
+    own = tuple(
+        attend_shape.Source(len(held), visible.shape[1], index is not None)
+        for held, visible, index in sources
+    )
+    attention = attend_shape.Shape(
+        width, heads, k, turned, groups, own, eps, dtype, programs
+    )
+    (middle, columns), (out, _) = first.shape, second.shape
+    return Shape(
+        width, rows, groups, columns, middle, out, dtype, programs, attention
+    )
+
+
+def operands(
+    s: Shape,
+    query: Float[Array, "T H K"],
+    sources: Sequence[Source],
+    sinks: Float[Array, "H"],
+    turn: Turn,
+    first: QuantTensor,
+    second: QuantTensor,
+) -> list[Array]:
+    """Return what a program reads, in its order."""
+    given = [query, *turn, sinks]
+    for held, visible, index in sources:
+        given += [held, visible.astype(jnp.int32)]
+        given += [] if index is None else [index]
+    planes = [w.planes[name] for w in (first, second) for name in ("quants", "d")]
+    return [*given, *planes, jnp.zeros(s.counters, jnp.uint32)]
+
+
+def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
+    """Return what programs write: of attention, then as `two_maps` does."""
+    a = s.attention
+    assert a
+    array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+    of_head = array(a.parts, a.rows, a.heads)
+    words, scale, _ = shapes(a.rows * a.groups, a.columns, a.dtype, Order())
+    summed = array(a.parts, a.rows, a.heads, a.width)
+    return [of_head, of_head, summed, words, scale, *two_maps.written(s)]
