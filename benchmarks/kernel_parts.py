@@ -29,7 +29,15 @@ from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.indexer import Indexer
 from ds4jax.model.layers import RMSNorm, scope
 from ds4jax.model.moe import MoE
-from ds4jax.pallas import attention, compressor, hyper_connection, indexer, router
+from ds4jax.model.rope import turn
+from ds4jax.pallas import (
+    attention,
+    attn_out,
+    compressor,
+    hyper_connection,
+    indexer,
+    router,
+)
 from ds4jax.pallas.fixed_point import LIMBS, cut, fix, power_above, unit
 from ds4jax.pallas.passes import DecodePass, Pass, within
 
@@ -174,16 +182,19 @@ def streams_read() -> Case:
     return dataclasses.replace(case, xla=functools.partial(run, 1))
 
 
-def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Case:
+def attended(
+    kernel: ModuleType, what: str, context: int, compressed: int = 0, used: int = 0
+) -> Case:
     """Return the case of attention over a window and compressed rows.
 
     Args:
+      kernel: with the output's maps or without.
       what: it is.
       context: tokens before.
       compressed: how many rows there are.
       used: how many of these each query chose, 0 for all.
     """
-    window, k = CONFIG.window, CONFIG.head_dim
+    window, k, with_maps = CONFIG.window, CONFIG.head_dim, kernel is attn_out
 
     def draw():
         ring = window + cache.DEFAULT_SLACK
@@ -194,25 +205,30 @@ def attended(what: str, context: int, compressed: int = 0, used: int = 0) -> Cas
             visible = jnp.ones((1, DECODE_ROWS, used or compressed), bool)
             sources.append(Source(normal(3, 1, compressed, k), visible, index))
         query = normal(0, 1, DECODE_ROWS, CONFIG.heads, k)
-        own = weights(DENSE, "attn_sinks", "attn_output_")
-        return own, query, sources, place(context)
+        names = ["attn_sinks"] + ["attn_output_"] * with_maps
+        return weights(DENSE, *names), query, sources, place(context)
 
     def run(width, own, query, sources, start):
-        positions = decode_rows(start, width).positions
-        return dense_attention(own)._attend(query, sources, positions)
+        layer, positions = dense_attention(own), decode_rows(start, width).positions
+        if with_maps:
+            return layer._attend(query, sources, positions)
+        given = query, sources, turn(positions, layer.table)
+        query, sources, turned = jax.tree.map(lambda array: array[0], given)
+        sinks, sizes = layer.sinks.get_value(), (DTYPE, CONFIG.o_groups, width)
+        return attention.attend(query, sources, sinks, turned, CONFIG.rms_eps, *sizes)
 
     def xla(own, query, sources, start):
-        attention, positions = dense_attention(own), decode_rows(start, 1).positions
-        query = attention._prepare_queries(query, positions)
-        return attention._heads(query, sources, positions)
+        layer, positions = dense_attention(own), decode_rows(start, 1).positions
+        query = layer._prepare_queries(query, positions)
+        heads = layer._heads(query, sources, positions)
+        return layer._project(heads) if with_maps else heads
 
-    def nbytes(width, *operands):
+    def nbytes(width, own, *_):
         rows = window + (min(width * used, compressed) if used else compressed)
-        return (rows * k + width * HEADS) * FLOAT
+        maps = sum(w.nbytes for w in own.values()) if with_maps else 0
+        return (rows * k + width * HEADS) * FLOAT + maps
 
-    # The products that its result goes into have lines of their own.
-    case = part(attention, what, draw, run, nbytes, others=("q8_0",))
-    return dataclasses.replace(case, xla=xla)
+    return dataclasses.replace(part(kernel, what, draw, run, nbytes), xla=xla)
 
 
 def routed() -> Case:
@@ -303,13 +319,19 @@ def picked(context: int) -> Case:
     )  # fmt: skip
 
 
+ATTENDED = (
+    ("dense", (SHORT,)),
+    (f"CSA at {LONG:,}", (LONG, LONG // 4, CONFIG.index_topk)),
+    (f"HCA at {SHORT:,}", (SHORT, SHORT // 128)),
+    (f"HCA at {LONG:,}", (LONG, LONG // 128)),
+)
+"""Kinds of layers: tokens before, compressed rows, and how many a query chose."""
+
 CASES = [
     *fixed(),
     streams_read(),
-    attended("attend, dense", SHORT),
-    attended(f"attend, CSA at {LONG:,}", LONG, LONG // 4, CONFIG.index_topk),
-    attended(f"attend, HCA at {SHORT:,}", SHORT, SHORT // 128),
-    attended(f"attend, HCA at {LONG:,}", LONG, LONG // 128),
+    *(attended(attention, f"attend, {what}", *sizes) for what, sizes in ATTENDED),
+    *(attended(attn_out, f"output, {what}", *sizes) for what, sizes in ATTENDED),
     routed(),
     *(
         compressed(f"{what} {ratio}x{size}", layer, name, start)

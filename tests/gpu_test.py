@@ -233,9 +233,7 @@ def test_attention_and_its_output_in_ptx_and_by_triton(compressed, chosen, monke
         index, size = None, chosen or compressed
         if chosen:
             index = jax.random.randint(next(keys), (1, 8, size), 0, compressed)
-        sources.append(
-            Source(normal(1, compressed, k), draw(1, 8, size) < 0.7, index)
-        )
+        sources.append(Source(normal(1, compressed, k), draw(1, 8, size) < 0.7, index))
     query, positions = normal(1, 8, config.heads, k), jnp.arange(8)[None] + 1000
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -78,7 +78,8 @@ def multiply_tiles(a, b, c):
     for i, words in enumerate(b):
         second[pair + 8 * i, place[:, None]] = real(halves(words))
     rows = place[:, None] + 8 * half
-    found = np.float32(first @ second)[rows, pair].transpose(0, 2, 1).reshape(4, LANES)
+    product: np.ndarray = (first @ second).astype(np.float32)
+    found = product[rows, pair].transpose(0, 2, 1).reshape(4, LANES)
     return [bits(real(x) + y) for x, y in zip(c, found, strict=True)]
 
 

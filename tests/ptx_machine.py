@@ -187,7 +187,8 @@ class Program:
                 return False
         elif name.startswith("mma."):
             to, *read = (o[1:-1].split(", ") for o in operands)
-            found = multiply_tiles(*([self.value(warp, o) for o in own] for own in read))
+            given = [[self.value(warp, o) for o in own] for own in read]
+            found = multiply_tiles(*given)
             for register, value in zip(to, found, strict=True):
                 self.write(warp, register, value, on)
         elif name.startswith("red."):

@@ -38,7 +38,7 @@ from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
 from ds4jax.pallas import attn_out, long_attention
-from ds4jax.pallas.matmul import einsum, grouped_matmul, two_maps_kernel
+from ds4jax.pallas.matmul import einsum, grouped_matmul, is_q8_0, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
 
@@ -259,24 +259,23 @@ class Attention(nnx.Module):
         The queries are neither normed nor rotated yet.
         """
         c, sinks = self.config, self.sinks.get_value()
-        maps = self.output_a.get_value(), self.output_b.weight.get_value()
-        multiply = two_maps_kernel(*maps, c.o_groups, c.dtype)
+        first, second = self.output_a.get_value(), self.output_b.weight.get_value()
+        multiply = two_maps_kernel(first, second, c.o_groups, c.dtype)
 
         def over_all(query, sources, positions):
             query = self._prepare_queries(query, positions)
             return self._project(self._heads(query, sources, positions))
 
         def kernel(width, query, sources, positions):
-            assert multiply
+            assert multiply and is_q8_0(first) and is_q8_0(second)
             turned = turn(positions, self.table)
             operands = jax.tree.map(lambda a: a[0], (query, sources, turned))
             query, sources, turned = operands
-            of_maps = *maps, c.o_groups, c.dtype
             given = query, sources, sinks, turned, c.rms_eps
-            if count := attn_out.programs(query, sources, c.rope_dim, *of_maps):
-                return attn_out.multiply(*given, *of_maps, width, count)[None]
-            found = pallas.attend(*given, c.dtype, c.o_groups, width)
-            return multiply(width, found)
+            of_output = attn_out.Maps(first, second, c.o_groups, c.dtype)
+            if count := attn_out.programs(query, sources, c.rope_dim, of_output):
+                return attn_out.multiply(*given, of_output, width, count)[None]
+            return multiply(width, pallas.attend(*given, c.dtype, c.o_groups, width))
 
         cuda = kernel if multiply and self._is_served(sources) else None
         return by_kernel(over_all, query, sources, positions, cuda=cuda)

@@ -18,7 +18,10 @@ PART = 32
 """Rows that are attended to together: four for each warp."""
 
 HEADS = 16
-"""Query heads of a task, the fewest that matrix units take."""
+"""Query heads that are multiplied together, the fewest that matrix units take."""
+
+_MOST_BLOCKS = 2
+"""Times HEADS of a task: for more there are no registers."""
 
 CHUNK = 4 * LANES
 """Channels that a warp loads together."""
@@ -27,7 +30,7 @@ MOST_PARTS = LANES
 """Of all sources together: a lane has the peak of each."""
 
 _PAD = 16
-"""Bytes after a row in shared memory: rows that follow each other are in other banks."""
+"""Bytes after a row in shared memory, so that the next is in other banks."""
 
 SCORES = PART + 8
 """Numbers from one head's scores to the next one's, for the same reason."""
@@ -97,9 +100,18 @@ class Shape(NamedTuple):
         return self.heads // HEADS
 
     @property
+    def each(self) -> int:
+        """Return how many blocks a task is: one if all tasks run at once then.
+
+        Else a program that has a second task would load another part's rows for it.
+        """
+        few = self.parts * self.blocks * self.rows <= self.programs
+        return 1 if few or self.blocks % _MOST_BLOCKS else _MOST_BLOCKS
+
+    @property
     def tasks(self) -> int:
-        """Return how many there are: of a part, a block of heads and a row each."""
-        return self.parts * self.blocks * self.rows
+        """Return how many there are: of a part, blocks of heads and a row each."""
+        return self.parts * (self.blocks // self.each) * self.rows
 
     @property
     def attending(self) -> int:
@@ -167,11 +179,16 @@ class Shape(NamedTuple):
 
     @property
     def scores(self) -> int:
-        """Return where scores are, of each half of the channels.
+        """Return where scores are of a block, of each half of the channels.
 
-        That is where queries are, which all are multiplied by then.
+        That is where its queries are, which all are multiplied by then.
         """
         return self.queries
+
+    @property
+    def block(self) -> int:
+        """Return the bytes of a block's queries, or scores."""
+        return HEADS * max(self.line, 2 * 4 * SCORES)
 
     @property
     def half(self) -> int:
@@ -181,12 +198,12 @@ class Shape(NamedTuple):
     @property
     def scales(self) -> int:
         """Return where heads' factors are."""
-        return self.queries + HEADS * max(self.line, 2 * 4 * SCORES)
+        return self.scores + self.each * self.block
 
     @property
     def masks(self) -> int:
-        """Return where it is what is added to a row's scores: nothing, or too little."""
-        return self.scales + 4 * HEADS
+        """Return where it is what is added to a row's scores: 0, or minus infinity."""
+        return self.scales + 4 * HEADS * self.each
 
     @property
     def shared(self) -> int:
@@ -210,6 +227,6 @@ class Place(NamedTuple):
 
 def serves(s: Shape) -> bool:
     """Say whether programs can be made for such sizes."""
-    whole = s.width % (2 * CHUNK) == 0 and s.heads % max(HEADS, s.groups) == 0
+    whole = not (s.width % CHUNK or s.heads % HEADS or s.heads % s.groups)
     turns = s.turned % GROUP == 0 and s.turned <= CHUNK
     return whole and turns and s.parts <= MOST_PARTS and s.dtype == "bfloat16"

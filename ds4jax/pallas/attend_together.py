@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ds4jax.pallas.attend_arithmetic import meet
 from ds4jax.pallas.attend_shape import WARPS, Place, Shape
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import LANES, add_lanes, divide, number
-from ds4jax.pallas.ptx_fixed_point import fix, store_words
+from ds4jax.pallas.ptx import add_lanes, divide, number
+from ds4jax.pallas.ptx_fixed_point import Counter, fix, store_words
 
 _BITS = 16, 8, 4, 2, 1
 
@@ -34,12 +35,12 @@ JOIN:
     sub.u32 att_heads, b, a;"""
     text += _load(s)
     text += _shares(s)
-    text += f"\n    shfl.sync.idx.b32 g, att_peak0, 0, 31, 0xffffffff;"
-    text += "\n    mul.f32 f, att_part_sum0, g;"
+    text += "\n    shfl.sync.idx.b32 g, att_peak0, 0, 31, 0xffffffff;"
+    text += "\n    mul.f32 f, att_sum0, g;"
     for part in range(1, s.parts):
         text += f"""
     shfl.sync.idx.b32 g, att_peak0, {part}, 31, 0xffffffff;
-    fma.rn.f32 f, att_part_sum{part}, g, f;"""
+    fma.rn.f32 f, att_sum{part}, g, f;"""
     text += f"""
     setp.lt.u32 p, other, {first};
     @p bra TURNED;
@@ -74,21 +75,40 @@ TURNED:"""
     mov.b64 base, %words;
     mad.wide.u32 address, att_to, 1, base;"""
     text += store_words(s.limbs, "address", s.columns)
-    return (
-        text
-        + f"""
+    text += f"""
     add.u32 task, task, {WARPS * s.programs};
     bra JOIN;
-JOINED:
-    bar.sync {place.barrier}, {WARPS * LANES};
-    setp.ne.u32 p, warp, {WARPS - 1};
-    @p bra JOINED_ALL;
-    mov.b64 base, %counters;"""
-        + (own := s.joined).count(at := f"[base+{place.counters + s.at_joined}]")
-        + own.wait("JOINED_WAIT", at)
+JOINED:"""
+    return text + await_programs(s.joined, s.programs, place, s.at_joined, "JOINED")
+
+
+def await_programs(
+    counter: Counter, counted: int, place: Place, at: int, label: str
+) -> str:
+    """Have all programs wait until the first of them have done what comes before.
+
+    Args:
+      counter: counts them.
+      counted: how many.
+      place: where it is, so many bytes further on.
+      at: those.
+      label: for labels.
+    """
+    own = f"[base+{place.counters + at}]"
+    return (
+        meet(place)
         + f"""
-JOINED_ALL:
-    bar.sync {place.barrier}, {WARPS * LANES};"""
+    setp.ne.u32 p, warp, {WARPS - 1};
+    @p bra {label}_KNOWN;
+    mov.b64 base, %counters;
+    mov.u32 a, %ctaid.x;
+    setp.ge.u32 p, a, {counted};
+    @p bra {label}_COUNTED;"""
+        + counter.count(own)
+        + f"\n{label}_COUNTED:"
+        + counter.wait(f"{label}_WAIT", own)
+        + f"\n{label}_KNOWN:"
+        + meet(place)
     )
 
 
@@ -106,7 +126,7 @@ def _load(s: Shape) -> str:
     each = s.rows * s.heads
     for part in range(s.parts):
         at = 4 * part * each * s.width
-        text += f"\n    ld.global.f32 att_part_sum{part}, [address+{at}];"
+        text += f"\n    ld.global.f32 att_sum{part}, [address+{at}];"
     text += f"""
     min.u32 a, lane, {s.parts - 1};
     mad.lo.u32 a, a, {each}, b;"""
@@ -117,7 +137,7 @@ def _load(s: Shape) -> str:
     ld.global.f32 att_{name}0, [address];"""
     return (
         text
-        + f"""
+        + """
     mov.b64 base, %sinks;
     mad.wide.u32 address, att_heads, 4, base;
     ld.global.nc.f32 att_sink, [address];"""

@@ -1,7 +1,8 @@
 """Attention and both maps of its output in one launch, in PTX.
 
-By launches of their own (`attention`, `two_maps`) no weight is on its way until parts of
-attention are put together.  Here the first maps' weights fill shared memory meanwhile.
+By launches of their own (`attention`, `two_maps`) no weight is on its way before parts
+of attention are put together.  Here programs attend to parts, tell each other what they
+find, put it together and multiply it, and weights fill shared memory meanwhile.
 
 Operands of attention's products are bfloat16.  No two of these launches may run side by
 side: programs of one wait for each other, so each has to have a multiprocessor at once.
@@ -10,6 +11,7 @@ side: programs of one wait for each other, so each has to have a multiprocessor 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +26,34 @@ from ds4jax.pallas.two_maps_shape import Shape
 from ds4jax.quant import QuantTensor
 
 
+class Maps(NamedTuple):
+    """The output's maps.
+
+    Attributes:
+      first, second, groups, dtype: as of `two_maps.multiply`.
+    """
+
+    first: QuantTensor
+    second: QuantTensor
+    groups: int
+    dtype: str
+
+
 def programs(
-    query: Float[Array, "T H K"],
-    sources: Sequence[Source],
-    turned: int,
-    first: QuantTensor,
-    second: QuantTensor,
-    groups: int,
-    dtype: str,
+    query: Float[Array, "T H K"], sources: Sequence[Source], turned: int, maps: Maps
 ) -> int:
     """Return how many programs `multiply` would have: one for each multiprocessor.
 
     0 if it is not for such operands, or not for the device that there is.
 
     Args:
-      query, sources, first, second, groups, dtype: as of `multiply`.
+      query, sources, maps: as of `multiply`.
       turned: channels of a head that are rotated.
     """
     count = ptx.programs()
-    if not count or not two_maps.serves(first, second, groups, dtype, count):
+    if not count or not two_maps.serves(*maps, count):
         return 0
-    rows = len(query)
-    s = shape(query, sources, turned, 0.0, first, second, groups, dtype, rows, count)
+    s = shape(query, sources, turned, 0.0, maps, len(query), count)
     assert s.attention
     return count if attend_shape.serves(s.attention) and s.slots >= 2 else 0
 
@@ -56,10 +64,7 @@ def multiply(
     sinks: Float[Array, "H"],
     turn: Turn,
     eps: float,
-    first: QuantTensor,
-    second: QuantTensor,
-    groups: int,
-    dtype: str,
+    maps: Maps,
     width: int,
     programs: int,
 ) -> Float[Array, "T Out"]:
@@ -67,19 +72,16 @@ def multiply(
 
     Args:
       query, sources, sinks, turn, eps: as of `attention.attend`.
-      first, second, groups, dtype: as of `two_maps.multiply`.
+      maps: the output's.
       width: how many of the T rows to compute; the others' results are copies of the
         last of these.
       programs: that run side by side; the result is the same whatever their number.
     """
-    turned = turn[0].shape[1]
-    s = shape(
-        query, sources, turned, eps, first, second, groups, dtype, width, programs
-    )
+    s = shape(query, sources, turn[0].shape[1], eps, maps, width, programs)
     *_, out = ptx.launch(
         f"attn_out_{width}x{s.middle}x{s.out}",
         program(s),
-        operands(s, query, sources, sinks, turn, first, second),
+        operands(s, query, sources, sinks, turn, maps),
         written(s),
         s.shared,
         programs,
@@ -89,21 +91,26 @@ def multiply(
 
 
 def shape(
-    query, sources, turned, eps, first, second, groups, dtype, width, programs
+    query: Float[Array, "T H K"],
+    sources: Sequence[Source],
+    turned: int,
+    eps: float,
+    maps: Maps,
+    width: int,
+    programs: int,
 ) -> Shape:
-    """Return what programs are made for."""
-    rows, heads, k = query.shape
+    """Return what programs are made for; the arguments are those of the others."""
+    (rows, heads, k), groups = query.shape, maps.groups
     own = tuple(
         attend_shape.Source(len(held), visible.shape[1], index is not None)
         for held, visible, index in sources
     )
     attention = attend_shape.Shape(
-        width, heads, k, turned, groups, own, eps, dtype, programs
+        width, heads, k, turned, groups, own, eps, maps.dtype, programs
     )
-    (middle, columns), (out, _) = first.shape, second.shape
-    return Shape(
-        width, rows, groups, columns, middle, out, dtype, programs, attention
-    )
+    (middle, columns), (out, _) = maps.first.shape, maps.second.shape
+    sizes = width, rows, groups, columns, middle, out
+    return Shape(*sizes, maps.dtype, programs, attention)
 
 
 def operands(
@@ -112,16 +119,14 @@ def operands(
     sources: Sequence[Source],
     sinks: Float[Array, "H"],
     turn: Turn,
-    first: QuantTensor,
-    second: QuantTensor,
+    maps: Maps,
 ) -> list[Array]:
     """Return what a program reads, in its order."""
     given = [query, *turn, sinks]
     for held, visible, index in sources:
         given += [held, visible.astype(jnp.int32)]
         given += [] if index is None else [index]
-    planes = [w.planes[name] for w in (first, second) for name in ("quants", "d")]
-    return [*given, *planes, jnp.zeros(s.counters, jnp.uint32)]
+    return [*given, *two_maps.weights(s, maps.first, maps.second)]
 
 
 def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
@@ -129,7 +134,7 @@ def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
     a = s.attention
     assert a
     array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
-    of_head = array(a.parts, a.rows, a.heads)
+    of_heads = a.parts, a.rows, a.heads
     words, scale, _ = shapes(a.rows * a.groups, a.columns, a.dtype, Order())
-    summed = array(a.parts, a.rows, a.heads, a.width)
-    return [of_head, of_head, summed, words, scale, *two_maps.written(s)]
+    found = [array(*of_heads), array(*of_heads), array(*of_heads, a.width)]
+    return [*found, words, scale, *two_maps.written(s)]

@@ -98,8 +98,13 @@ def operands(
     s: Shape, x: FixedPoint, first: QuantTensor, second: QuantTensor
 ) -> list[Array]:
     """Return what a program reads, in its order."""
+    return [x.words, x.scale, *weights(s, first, second)]
+
+
+def weights(s: Shape, first: QuantTensor, second: QuantTensor) -> list[Array]:
+    """Return what comes after the activations: weights and counters."""
     planes = [w.planes[name] for w in (first, second) for name in ("quants", "d")]
-    return [x.words, x.scale, *planes, jnp.zeros(s.counters, jnp.uint32)]
+    return [*planes, jnp.zeros(s.counters, jnp.uint32)]
 
 
 def written(shape: Shape) -> list[jax.ShapeDtypeStruct]:
