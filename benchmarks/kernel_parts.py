@@ -18,6 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from kernel_case import DTYPE, Case, choice, normal
+from kernel_products import ONCE
 
 from ds4jax import schema, synthetic
 from ds4jax.config import CSA_RATIO, ModelConfig, QuantPlan
@@ -228,7 +229,8 @@ def attended(
         maps = sum(w.nbytes for w in own.values()) if with_maps else 0
         return (rows * k + width * HEADS) * FLOAT + maps
 
-    return dataclasses.replace(part(kernel, what, draw, run, nbytes), xla=xla)
+    case = part(kernel, what, draw, run, nbytes, others=ONCE)
+    return dataclasses.replace(case, xla=xla)
 
 
 def routed() -> Case:
