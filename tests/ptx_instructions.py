@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 
 LANES = 32
-LANE, NIBBLES = np.arange(LANES)[:, None], np.arange(0, 16, 4, dtype=np.uint32)
+LANE = np.arange(LANES)
+PAIRS, NIBBLES = 8 * LANE[:, None], np.arange(0, 16, 4, dtype=np.uint32)
 
 
 def signed(x):
@@ -24,24 +25,33 @@ def bits(x):
 
 
 def of_bytes(words, dtype):
-    return words[:, None].view(dtype).astype(np.int32)
+    return words.view(dtype).astype(np.int32).reshape(LANES, 4)
+
+
+def whole(low, high=None):
+    """Return a word, maybe of two halves."""
+    return low if high is None else low.astype(np.uint32) | high.astype(np.uint32) << 16
 
 
 def permute(a, b, selector):
     """Return `prmt`: bytes of two words by nibbles, or the sign of one eight times."""
-    both = np.stack([a, b], -1).view(np.uint8)
-    nibbles = selector[:, None] >> NIBBLES & 15
-    found = both[LANE, nibbles & 7]
-    signs = np.where(found & 128 > 0, np.uint8(255), np.uint8(0))
-    return np.where(nibbles & 8 > 0, signs, found).view(np.uint32)[:, 0]
+    both = np.empty((LANES, 2), np.uint32)
+    both[:, 0], both[:, 1] = a, b
+    nibbles = selector[:, None] >> NIBBLES
+    found = both.view(np.uint8).take(PAIRS + (nibbles & 7))
+    signs = nibbles & 8 > 0
+    if np.count_nonzero(signs):
+        found[signs] = np.where(found[signs] & 128, 255, 0)
+    return found.view(np.uint32)[:, 0]
 
 
 def logic(a, b, c, table):
+    """Return `lop3`: bits by a table of what three bits give."""
     found = np.zeros_like(a)
+    with_a, with_b, with_c = ((~x, x) for x in (a, b, c))
     for case in range(8):
         if int(table[0]) >> case & 1:
-            own = (x if case & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-            found |= functools.reduce(np.bitwise_and, own)
+            found |= with_a[case >> 2] & with_b[case >> 1 & 1] & with_c[case & 1]
     return found
 
 
@@ -55,8 +65,7 @@ def narrow(x):
 
 
 def dot(a, b, c, kind: type[np.integer] = np.int8):
-    products = of_bytes(a, kind) * of_bytes(b, np.int8)
-    return (signed(c) + products.sum(-1, dtype=np.int32)).view(np.uint32)
+    return np.vecdot(of_bytes(a, kind), of_bytes(b, np.int8)).view(np.uint32) + c
 
 
 def fused(a, b, c):
@@ -107,7 +116,7 @@ COMPUTE = {
     "dp4a.s32.s32": dot,
     "dp4a.u32.s32": functools.partial(dot, kind=np.uint8),
     "mov.u32": lambda a: a,
-    "mov.b32": lambda a: a,
+    "mov.b32": whole,
     "mov.b64": lambda a: a,
     "mov.f32": lambda a: a,
     "neg.f32": lambda a: bits(-real(a)),
@@ -137,9 +146,9 @@ COMPUTE = {
     "setp.ge.and.u32": lambda a, b, p: (a >= b) & p,
     "setp.eq.and.u32": lambda a, b, p: (a == b) & p,
     "setp.eq.or.u32": lambda a, b, p: (a == b) | p,
-    "shfl.sync.bfly.b32": lambda a, bit, *_: a[np.arange(LANES) ^ bit],
+    "shfl.sync.bfly.b32": lambda a, bit, *_: a[LANE ^ bit],
     "shfl.sync.idx.b32": lambda a, lane, *_: a[lane],
-    "shfl.sync.down.b32": lambda a, by, *_: a[(np.arange(LANES) + by) % LANES],
+    "shfl.sync.down.b32": lambda a, by, *_: a[(LANE + by) % LANES],
     "redux.sync.max.u32": lambda a, _: np.full_like(a, a.max()),
     "redux.sync.min.u32": lambda a, _: np.full_like(a, a.min()),
 }  # fmt: skip

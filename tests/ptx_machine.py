@@ -9,34 +9,54 @@ from __future__ import annotations
 
 import collections
 import random
-import re
 from collections.abc import Sequence
 
 import numpy as np
-from ptx_instructions import COMPUTE, LANES, multiply_tiles
+from ptx_instructions import LANES
+from ptx_text import ALL, SHARED, Place, Registers, Text, lanes
 
-SHARED = 1024
-"""Where shared memory begins; operand i begins at (i + 1) << 32."""
 TURN = 400
-"""Instructions that a warp runs at most before another's turn."""
+"""Instructions that a warp runs at most before another's turn, and on to the next act:
+before that no other could tell."""
 PACES = 0.3, 0.005
 """Chances of a copy to arrive at a turn: soon, or when many have gone on."""
-PATIENCE = 100_000
-"""Waits after each other, all in vain, before the machine gives up."""
 
-TYPES = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}
-ALL = np.ones(LANES, bool)
+HASTES = 1.0, 0.02
+"""How often programs, and warps of a program, have turns: some are far behind."""
+LOOKS = "acquire", "try_wait", "branch"
+"""What a warp does again and again while it waits for an event."""
 
-ORDERS = ("fence.", "bar.warp.sync")
-"""Instructions that only order others, which run one by one here."""
+NONE = np.zeros(LANES, bool)
+WORDS = np.arange(4)[:, None]
+"""Of a load or store, as far as it has them."""
 
 
-class Barrier:
+class Event:
+    """What warps wait for: something that changes.
+
+    Attributes:
+      changes: how many there were.
+      asleep: programs and their warps that do nothing before the next.
+    """
+
+    def __init__(self):
+        self.changes, self.asleep = 0, []
+
+    def happen(self):
+        """Change, and wake who waits for that."""
+        self.changes += 1
+        for program, warp in self.asleep:
+            program.ready.append(warp)
+        self.asleep = []
+
+
+class Barrier(Event):
     """An mbarrier: a phase ends when `count` have arrived and all bytes have."""
 
     def __init__(self, count: int):
+        super().__init__()
         self.count = self.missing = count
-        self.bytes = self.phase = 0
+        self.bytes = 0
 
     def change(self, arrived: int, expected: int):
         """Note arrivals, and bytes to come or, below zero, come."""
@@ -44,7 +64,8 @@ class Barrier:
         self.bytes += expected
         assert self.missing >= 0 and self.bytes >= 0
         if self.missing == self.bytes == 0:
-            self.phase, self.missing = self.phase ^ 1, self.count
+            self.missing = self.count
+            self.happen()
 
 
 class Machine:
@@ -52,6 +73,7 @@ class Machine:
 
     Attributes:
       operands: arrays, which a run changes.
+      counted: changes of numbers in memory, by address.
     """
 
     def __init__(
@@ -67,87 +89,71 @@ class Machine:
         """
         self.operands, self.shared, self.warps = operands, shared, warps
         self.memory = [a.reshape(-1).view(np.uint8) for a in operands]
-        self.vain = 0
-        self.code, self.labels, self.types = [], {}, {}
-        for part in re.findall(r"\w+:\n|[^;\n]+;", text.strip()[1:-1]):
-            words = part.strip(" \n;:")
-            if part.endswith(":\n"):
-                assert words not in self.labels, words
-                self.labels[words] = len(self.code)
-            elif words.startswith(".reg"):
-                _, kind, names = words.split(maxsplit=2)
-                for name in names.split(", "):
-                    name, _, count = name.rstrip(">").partition("<")
-                    own = [f"{name}{i}" for i in range(int(count))] if count else [name]
-                    assert self.types.keys().isdisjoint(own), own
-                    self.types |= dict.fromkeys(own, TYPES[kind[1:].replace("f", "b")])
-            else:
-                guard, words = words.split(" ", 1) if words[0] == "@" else ("", words)
-                name, *rest = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", words)
-                rest = [self.constant(operand) for operand in rest]
-                self.code.append((guard[1:], name, COMPUTE.get(name), rest))
-
-    def constant(self, operand: str) -> str | np.ndarray:
-        """Return what an operand is in each lane, if that is known before a run."""
-        if operand[0] == "$":
-            number = int(operand[1:])
-            is_shared = number == len(self.operands)
-            at = SHARED if is_shared else number + 1 << 32
-            return np.full(LANES, at, np.uint64)
-        if not operand[0].isdigit():
-            return operand
-        base = 16 if operand.startswith("0f") else 0
-        return np.full(LANES, int(operand[2:] if base else operand, base), np.uint32)
+        self.text = Text(text, len(operands))
+        self.counted = collections.defaultdict(Event)
 
     def run(self, programs: int, seed: int = 0):
         """Run so many programs until all have ended."""
         chance = random.Random(seed)
         live = [Program(self, number, chance) for number in range(programs)]
         while live:
-            program = chance.choice(live)
-            if not program.take_turn():
+            able = [program for program in live if program.ready or program.copies]
+            assert able, "all wait for each other"
+            (program,) = chance.choices(able, [program.haste for program in able])
+            program.take_turn()
+            if not program.live:
                 live.remove(program)
-
-    def note(self, done: bool):
-        """Note what a wait found, or that something came about that others wait for."""
-        self.vain = 0 if done else self.vain + 1
-        assert self.vain < PATIENCE, "all wait for each other"
 
 
 class Program:
-    """A program while it runs."""
+    """A program while it runs.
+
+    Attributes:
+      live: how many warps have not ended.
+      ready: which of them do not wait.
+      copies: that have not arrived.
+      seen: where a warp looked for an event in vain, and what had come until then.
+    """
 
     def __init__(self, machine: Machine, number: int, chance: random.Random):
-        self.machine, self.number, self.chance = machine, number, chance
+        self.machine, self.chance = machine, chance
         self.shared = np.full(machine.shared, 255, np.uint8)
         self.barriers, self.copies, self.pace = {}, [], PACES[0]
         names = "%tid.y", "%ntid.x", "%ctaid.x"
         sizes = np.array([0, LANES * machine.warps, number], np.uint32)
         known = dict(zip(names, np.repeat(sizes[:, None], LANES, 1), strict=True))
-        self.files = [
+        known |= machine.text.constants
+        self.files: list[Registers] = [
             known | {"%tid.x": np.arange(LANES, dtype=np.uint32) + LANES * warp}
             for warp in range(machine.warps)
         ]
-        self.at = [0] * machine.warps
-        self.live, self.waiting = set(range(machine.warps)), {}
-        self.at_barrier = collections.Counter()
+        self.haste, *self.hastes = chance.choices(HASTES, k=1 + machine.warps)
+        self.at, self.seen = [0] * machine.warps, {}
+        self.live, self.ready = machine.warps, list(range(machine.warps))
+        self.present, self.held = collections.Counter(), collections.defaultdict(list)
 
-    def take_turn(self) -> bool:
-        """Let a copy arrive, or none, and a warp run; say whether any has not ended."""
-        if self.copies and self.chance.random() < self.pace:
-            self.arrive(*self.copies.pop(self.chance.randrange(len(self.copies))))
+    def take_turn(self):
+        """Let a copy arrive, or none, and a warp run."""
+        if self.copies and (not self.ready or self.chance.random() < self.pace):
+            self.land(*self.copies.pop(self.chance.randrange(len(self.copies))))
             self.pace = self.chance.choice(PACES)
-        able = sorted(self.live - self.waiting.keys())
-        assert able, "all wait for each other"
-        warp = self.chance.choice(able)
-        for _ in range(self.chance.randrange(1, TURN)):
-            if self.at[warp] == len(self.machine.code):
-                self.live.discard(warp)
-            if warp not in self.live or not self.step(warp):
-                break
-        return bool(self.live)
+        if not self.ready:
+            return
+        hastes = [self.hastes[warp] for warp in self.ready]
+        (warp,) = self.chance.choices(self.ready, hastes)
+        file, left, ends = self.files[warp], self.chance.randrange(1, TURN), False
+        while left > 0 and not ends:
+            stretch, act = self.machine.text.stretch(self.at[warp])
+            for compute in stretch:
+                compute(file)
+            self.at[warp] += len(stretch) + 1
+            left -= len(stretch) + 1
+            if act.name not in LOOKS:
+                self.seen.pop(warp, None)
+            on = lanes(file, act.guard)
+            ends = getattr(self, act.name)(warp, on, *act.operands)
 
-    def arrive(self, source, to, size, barrier):
+    def land(self, source: int, to: int, size: int, barrier: int):
         """Let a copy arrive."""
         memory, start = self.locate(source)
         own = self.shared[to - SHARED : to - SHARED + size]
@@ -156,139 +162,135 @@ class Program:
 
     def locate(self, address: int) -> tuple[np.ndarray, int]:
         """Return the memory that an address is of, and the place in it."""
-        operand, place = divmod(int(address), 1 << 32)
+        operand, place = divmod(address, 1 << 32)
         if operand:
             return self.machine.memory[operand - 1], place
         return self.shared, place - SHARED
 
-    def step(self, warp: int) -> bool:
-        """Run a warp's next instruction; say whether it may go on at once."""
-        guard, name, compute, operands = self.machine.code[self.at[warp]]
-        file, on = self.files[warp], ALL
-        self.at[warp] += 1
-        if guard:
-            on = ~file[guard[1:]] if guard[0] == "!" else file[guard]
-        if compute:
-            to, *read = operands
-            self.write(warp, to, compute(*(self.value(warp, o) for o in read)), on)
-            return True
-        if name == "bra":
-            assert on.all() or not on.any(), "lanes of a warp part"
-            if on.all():
-                self.at[warp] = self.machine.labels[operands[0]]
-        elif name in ("bar.sync", "bar.arrive"):
-            number, threads = (int(operand[0]) for operand in operands)
-            return self.meet(warp, number, threads, name == "bar.sync")
-        elif name.startswith(("ld.", "st.")):
-            self.move(warp, name, operands, on)
-            if name.startswith("ld.acquire."):
-                # Whoever looks at this again and again lets others run between.
-                self.machine.note(False)
-                return False
-        elif name.startswith("mma."):
-            to, *read = (o[1:-1].split(", ") for o in operands)
-            given = [[self.value(warp, o) for o in own] for own in read]
-            found = multiply_tiles(*given)
-            for register, value in zip(to, found, strict=True):
-                self.write(warp, register, value, on)
-        elif name.startswith("red."):
-            self.count(warp, operands, on)
-        elif name.startswith(("mbarrier.", "cp.async")):
-            return self.synchronize(warp, name, operands, on)
-        else:
-            assert name.startswith(ORDERS), name
+    def end(self, warp: int, on: np.ndarray) -> bool:
+        """End a warp."""
+        self.ready.remove(warp)
+        self.live -= 1
         return True
 
-    def value(self, warp: int, operand: str | np.ndarray) -> np.ndarray:
-        """Return what an operand is in each lane."""
-        if not isinstance(operand, str):
-            return operand
-        if operand[0] != "{":
-            return self.files[warp][operand]
-        low, high = operand[1:-1].split(", ")  # two halves of a word
-        low, high = (self.value(warp, self.machine.constant(o)) for o in (low, high))
-        return low.astype(np.uint32) | high.astype(np.uint32) << 16
+    def branch(self, warp: int, on: np.ndarray, label: str):
+        """Go on elsewhere, or not."""
+        taken = np.count_nonzero(on)
+        assert taken in (0, LANES), "lanes of a warp part"
+        if taken:
+            self.at[warp] = self.machine.text.labels[label]
 
-    def write(self, warp: int, to: str, value: np.ndarray, on: np.ndarray):
-        """Write a register, or two, in some lanes, which then have to be there."""
-        if to[0] == "{":
-            for half, own in enumerate(to[1:-1].split(", ")):
-                self.write(warp, own, value >> 16 * half, on)
+    def come(self, warp: int, on: np.ndarray, number: str, threads: str):
+        """Come to where so many threads meet, and go on."""
+        self.present[number] += LANES
+        if self.present[number] == int(threads):
+            self.present[number] = 0
+            self.ready += self.held.pop(number, [])
+
+    def meet(self, warp: int, on: np.ndarray, number: str, threads: str) -> bool:
+        """Come to where so many threads meet, and wait for them."""
+        self.ready.remove(warp)
+        self.held[number].append(warp)
+        self.come(warp, on, number, threads)
+        return True
+
+    def look(self, warp: int, event: Event) -> bool:
+        """Note that a warp looked for an event; where it does again in vain it sleeps.
+
+        Not at once, or nobody would notice who looks only once.
+        """
+        seen = self.at[warp], event, event.changes
+        if self.seen.get(warp) == seen:
+            self.ready.remove(warp)
+            event.asleep.append((self, warp))
+        self.seen[warp] = seen
+        return True
+
+    def addresses(self, warp: int, place: Place) -> np.ndarray:
+        """Return what a place is in each lane."""
+        return self.files[warp][place.base].astype(np.uint64) + place.offset
+
+    def number(self, warp: int, on: np.ndarray, operand: str | Place) -> int:
+        """Return what an operand is in the only lane that runs."""
+        (lane,) = np.flatnonzero(on)
+        if isinstance(operand, Place):
+            return int(self.addresses(warp, operand)[lane])
+        return int(self.files[warp][operand][lane])
+
+    def words(self, addresses: np.ndarray, kind: type[np.generic], count: int):
+        """Return a memory as words of a kind, and where in it `count` of each lane are.
+
+        The places are of [count, lanes].
+        """
+        memory, start = self.locate(int(addresses[0]))
+        places = (addresses - addresses[0]).view(np.int64) + start
+        size = np.dtype(kind).itemsize
+        assert not np.bitwise_or.reduce(places) % (size * count), "not aligned"
+        places = places // size
+        return memory.view(kind), places + WORDS[:count] if count > 1 else places[None]
+
+    def load(self, warp: int, on: np.ndarray, *operands):
+        """Load words that follow each other, in some lanes if there is a guard."""
+        *registers, place = operands
+        if not np.count_nonzero(on):
             return
-        file, value = self.files[warp], np.asarray(value, self.machine.types[to])
-        whole = on is ALL or on.all()
-        file[to] = value if whole else np.where(on, value, file[to])
+        file, kind = self.files[warp], self.machine.text.types[registers[0]]
+        addresses = self.addresses(warp, place)
+        addresses = addresses if on is ALL else addresses[on]
+        memory, places = self.words(addresses, kind, len(registers))
+        for register, found in zip(registers, memory[places], strict=True):
+            if len(found) < LANES:
+                found, loaded = file[register].copy(), found
+                found[on] = loaded
+            file[register] = found
 
-    def address(self, warp: int, operand: str) -> np.ndarray:
-        """Return the addresses that `[register+offset]` is."""
-        base, _, offset = operand[1:-1].partition("+")
-        return self.files[warp][base].astype(np.uint64) + np.uint64(offset or 0)
-
-    def move(self, warp, name, operands, on):
-        """Load or store."""
-        loads = name.startswith("ld.")
-        registers, place = operands if loads else operands[::-1]
-        registers = registers.strip("{}").split(", ")
-        size = self.machine.types[registers[0]]().itemsize
-        if not on.any():
+    def store(self, warp: int, on: np.ndarray, place: Place, *registers: str):
+        """Store words that follow each other, in some lanes if there is a guard."""
+        if not np.count_nonzero(on):
             return
-        addresses = self.address(warp, place)[on]
-        memory, start = self.locate(addresses[0])
-        places = start + (addresses - addresses[0]).astype(np.int64)
-        assert not (places % (size * len(registers))).any(), "not aligned"
-        view = memory.view(f"u{size}")
-        for number, register in enumerate(registers):
-            index = places // size + number
-            if loads:
-                found = np.zeros(LANES, view.dtype)
-                found[on] = view[index]
-                self.write(warp, register, found, on)
-            else:
-                view[index] = self.value(warp, register)[on]
+        file, kind = self.files[warp], self.machine.text.types[registers[0]]
+        addresses = self.addresses(warp, place)[on]
+        memory, places = self.words(addresses, kind, len(registers))
+        for register, own in zip(registers, places, strict=True):
+            memory[own] = file[register][on]
 
-    def meet(self, warp: int, number: int, threads: int, waits: bool) -> bool:
-        """Come to where so many threads meet; say whether to go on at once."""
-        self.at_barrier[number] += LANES
-        if self.at_barrier[number] == threads:
-            self.at_barrier[number] = 0
-            self.waiting = {w: n for w, n in self.waiting.items() if n != number}
-        elif waits:
-            self.waiting[warp] = number
-        return not waits
+    def acquire(self, warp: int, on: np.ndarray, to: str, place: Place) -> bool:
+        """Load what others count, and let them run before the next time."""
+        self.load(warp, on, to, place)
+        event = self.machine.counted[int(self.addresses(warp, place)[0])]
+        return self.look(warp, event)
 
-    def count(self, warp, operands, on):
+    def count(self, warp: int, on: np.ndarray, place: Place, last: str):
         """Add one to a number in memory for each lane; after a given one comes zero."""
-        place, value = operands
-        for address, last in zip(
-            self.address(warp, place)[on], self.value(warp, value)[on], strict=True
-        ):
-            memory, start = self.locate(address)
+        lasts = self.files[warp][last][on]
+        for address, last in zip(self.addresses(warp, place)[on], lasts, strict=True):
+            memory, start = self.locate(int(address))
             found = memory.view(np.uint32)[start // 4 :]
             found[0] = 0 if found[0] >= last else found[0] + 1
-        self.machine.note(True)
+            self.machine.counted[int(address)].happen()
 
-    def synchronize(self, warp, name, operands, on) -> bool:
-        """Use a barrier, or have something copied."""
-        if name.startswith("mbarrier.try_wait"):
-            to, place, phase = operands
-            barrier = self.barriers[int(self.address(warp, place)[0])]
-            done = barrier.phase != self.value(warp, phase)[0]
-            self.write(warp, to, np.full(LANES, done), on)
-            self.machine.note(done)
-            return bool(done)
-        if not on.any():
-            return True
-        (lane,) = np.flatnonzero(on)
-        number = lambda operand: int(self.value(warp, operand)[lane])  # noqa: E731
-        at = lambda operand: int(self.address(warp, operand)[lane])  # noqa: E731
-        if name.startswith("cp.async"):
-            to, source, size, barrier = operands
-            assert not (at(to) % 16 or at(source) % 16 or number(size) % 16)
-            self.copies.append((at(source), at(to), number(size), at(barrier)))
-        elif name.startswith("mbarrier.init"):
-            self.barriers[at(operands[0])] = Barrier(number(operands[1]))
-        elif "expect_tx" in name:
-            self.barriers[at(operands[1])].change(1, number(operands[2]))
-        else:
-            self.barriers[at(operands[1])].change(1, 0)
-        return True
+    def try_wait(self, warp: int, on: np.ndarray, to: str, place: Place, phase: str):
+        """Look if a barrier's phase has ended."""
+        barrier = self.barriers[int(self.addresses(warp, place)[0])]
+        done = barrier.changes % 2 != self.files[warp][phase][0]
+        self.files[warp][to] = ALL if done else NONE
+        return not done and self.look(warp, barrier)
+
+    def copy(self, warp: int, on: np.ndarray, *operands):
+        """Have something copied."""
+        if np.count_nonzero(on):
+            to, source, size, barrier = (self.number(warp, on, o) for o in operands)
+            assert not (to % 16 or source % 16 or size % 16)
+            self.copies.append((source, to, size, barrier))
+
+    def create(self, warp: int, on: np.ndarray, place: Place, count: str):
+        """Make a barrier."""
+        if np.count_nonzero(on):
+            barrier = Barrier(self.number(warp, on, count))
+            self.barriers[self.number(warp, on, place)] = barrier
+
+    def arrive(self, warp: int, on: np.ndarray, _: str, place: Place, *size: str):
+        """Arrive at a barrier, maybe with bytes to come."""
+        if np.count_nonzero(on):
+            expected = sum(self.number(warp, on, operand) for operand in size)
+            self.barriers[self.number(warp, on, place)].change(1, expected)
