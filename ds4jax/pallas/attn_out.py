@@ -2,7 +2,9 @@
 
 By launches of their own (`attention`, `two_maps`) no weight is on its way before parts
 of attention are put together.  Here programs attend to parts, tell each other what they
-find, put it together and multiply it, and weights fill shared memory meanwhile.
+find, put it together and multiply it, and weights fill shared memory meanwhile.  On an
+H200 a layer's takes one row 26.8 us in a pass, by launches 29.6 (dense) to 32.8 (CSA);
+two rows 32.6 and 31 to 34.6.
 
 Operands of attention's products are bfloat16.  No two of these launches may run side by
 side: programs of one wait for each other, so each has to have a multiprocessor at once.
