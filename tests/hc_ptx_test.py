@@ -14,10 +14,10 @@ from ptx_machine import Machine
 from ds4jax.config import ModelConfig
 from ds4jax.pallas import hc_program, hc_ptx, hc_shape
 from ds4jax.pallas.fixed_point import Order, fix
-from ds4jax.pallas.hc_shape import MAPS, STREAMS, WARPS, Place, Shape
+from ds4jax.pallas.hc_shape import MAPS, STREAMS, WARPS, Shape
 from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.moe_ptx import ORDERS
-from ds4jax.pallas.ptx import begin, bind
+from ds4jax.pallas.ptx import Place, begin, bind
 from ds4jax.pallas.ptx_fixed_point import APART, declare
 
 WIDTH, WRITTEN = 512, 8

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ds4jax.pallas.attend_shape import HEADS, PART, SCORES, WARPS, Place, Shape
-from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
+from ds4jax.pallas.attend_shape import HEADS, PART, SCORES, WARPS, Shape
+from ds4jax.pallas.ptx import LANES, Place, add_lanes, divide, number, registers
 
 _STEP = 16
 """Terms of a sum that matrix units take at once, of 16 rows and 8 columns."""

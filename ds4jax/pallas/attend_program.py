@@ -6,7 +6,8 @@ to shared memory in bfloat16, what all warps make of them goes to memory, and pr
 that have done their tasks wait for each other and put parts together.
 
 Registers that a program has for this: predicates p and first; lane, warp, shared, task,
-row, a, b, at, other; address, base, far; f, g; those of `ptx_fixed_point`.
+row, a, b, at, other; address, base, far; f, g; those of `ptx_fixed_point`.  Of named
+barriers it has the one of its place and the next.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import numpy as np
 
 from ds4jax.pallas import attend_arithmetic
 from ds4jax.pallas.attend_arithmetic import add, meet, score, weigh
-from ds4jax.pallas.attend_shape import CHUNK, HEADS, PART, WARPS, Place, Shape
+from ds4jax.pallas.attend_shape import CHUNK, HEADS, PART, WARPS, Shape
 from ds4jax.pallas.attend_together import await_programs, put_together
-from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
+from ds4jax.pallas.ptx import LANES, Place, add_lanes, divide, number, registers
 
 _KEYS = PART // WARPS
 """Rows of a part that a warp brings."""

@@ -211,20 +211,6 @@ class Shape(NamedTuple):
         return self.masks + 4 * PART
 
 
-class Place(NamedTuple):
-    """Where a launch has room for what programs share.
-
-    Attributes:
-      shared: bytes after the beginning of shared memory.
-      counters: bytes after the beginning of the operand `counters`.
-      barrier: number of a named barrier.
-    """
-
-    shared: int
-    counters: int
-    barrier: int
-
-
 def serves(s: Shape) -> bool:
     """Say whether programs can be made for such sizes."""
     whole = not (s.width % CHUNK or s.heads % HEADS or s.heads % s.groups)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from ds4jax.pallas.attend_arithmetic import meet
-from ds4jax.pallas.attend_shape import WARPS, Place, Shape
+from ds4jax.pallas.attend_shape import WARPS, Shape
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import add_lanes, divide, number
+from ds4jax.pallas.ptx import Place, add_lanes, divide, number
 from ds4jax.pallas.ptx_fixed_point import Counter, fix, store_words
 
 _BITS = 16, 8, 4, 2, 1

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.latent import Latent
-from ds4jax.pallas.ptx import SHARED
+from ds4jax.pallas.ptx import SHARED, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 from ds4jax.pallas.q8_arithmetic import (
     COLUMNS,
@@ -122,9 +122,9 @@ class Shape(NamedTuple):
         return self.hc.programs
 
     @property
-    def place(self) -> hc_shape.Place:
+    def place(self) -> Place:
         """Return where the reading has room: where activations are kept after it."""
-        return hc_shape.Place(self._staged, 4 * APART, MEETING)
+        return Place(self._staged, 4 * APART, MEETING)
 
     @property
     def seconds(self) -> int:

@@ -12,10 +12,17 @@ from ds4jax.pallas.hc_shape import (
     SUMS,
     SUMS_EACH,
     WARPS,
-    Place,
     Shape,
 )
-from ds4jax.pallas.ptx import LANES, add_lanes, add_shared, add_up, divide, number
+from ds4jax.pallas.ptx import (
+    LANES,
+    Place,
+    add_lanes,
+    add_shared,
+    add_up,
+    divide,
+    number,
+)
 
 _ADDED_UP = 8
 """Sums that a warp adds up together: a power of two, of which SUMS_EACH are there."""

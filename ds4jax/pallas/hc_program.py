@@ -33,11 +33,11 @@ from ds4jax.pallas.hc_shape import (
     SUMS,
     SUMS_EACH,
     WARPS,
-    Place,
     Shape,
 )
 from ds4jax.pallas.ptx import (
     LANES,
+    Place,
     divide,
     registers,
     store_copies,

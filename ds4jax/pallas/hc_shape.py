@@ -146,20 +146,6 @@ class Shape(NamedTuple):
         return self.sums + self.rows * WARPS * SUMS * 4
 
 
-class Place(NamedTuple):
-    """Where a launch has room for what programs share.
-
-    Attributes:
-      shared: bytes after the beginning of shared memory.
-      counters: bytes after the beginning of the operand `counters`.
-      barrier: number of a named barrier.
-    """
-
-    shared: int
-    counters: int
-    barrier: int
-
-
 def serves(
     streams: int, width: int, rows: int, fn: str, orders: Sequence[Order]
 ) -> bool:

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
-from ds4jax.pallas.ptx import LANES
+from ds4jax.pallas.ptx import LANES, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 
 _READ = (
@@ -119,9 +119,9 @@ class Shape(NamedTuple):
         return *read, *_READ, *written, *_WRITTEN, "shared"
 
     @property
-    def place(self) -> hc_shape.Place:
+    def place(self) -> Place:
         """Return where that has room for what programs share."""
-        return hc_shape.Place(self.added + 8 * self.pieces, self.at_hc, barrier=2)
+        return Place(self.added + 8 * self.pieces, self.at_hc, barrier=2)
 
     @property
     def limbs(self) -> int:

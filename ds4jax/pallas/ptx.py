@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,20 @@ SHARED = 226 * 1024
 
 Of the 227 KB that there are, one launches no longer with more than this.
 """
+
+
+class Place(NamedTuple):
+    """Where a launch has room for what programs share.
+
+    Attributes:
+      shared: bytes after the beginning of shared memory.
+      counters: bytes after the beginning of the operand `counters`.
+      barrier: number of a named barrier.
+    """
+
+    shared: int
+    counters: int
+    barrier: int
 
 
 def programs() -> int:

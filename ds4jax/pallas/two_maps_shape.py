@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import attend_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
-from ds4jax.pallas.ptx import SHARED
+from ds4jax.pallas.ptx import SHARED, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 from ds4jax.pallas.q8_arithmetic import (
     COLUMNS,
@@ -154,9 +154,9 @@ class Shape(NamedTuple):
         return self.summed[1] + self.pieces[1] * 8
 
     @property
-    def place(self) -> attend_shape.Place:
+    def place(self) -> Place:
         """Return where attention has room: where activations are kept after it."""
-        return attend_shape.Place(self.slots * SLOT, 4 * self._middle_counters, MEETING)
+        return Place(self.slots * SLOT, 4 * self._middle_counters, MEETING)
 
     @property
     def counters(self) -> int:
