@@ -64,12 +64,18 @@ def readme():
     return " ".join((ROOT / "README.md").read_text().split())
 
 
+def span(times: list[float]) -> str:
+    """Return from which number to which they are, or the only one."""
+    least, most = (f"{time:.1f}" for time in (min(times), max(times)))
+    return least if least == most else f"{least} to {most}"
+
+
 def test_readme_says_what_an_exact_pass_costs():
     found = summarise(runs_csv.read(figures.FOLDER / "runs.csv"))
     plain = [one for one in found if one.arm == "plain"]
     pair = [one for one in found if one.arm == "continuous 1"]
     one, two, whole = (
-        f"{min(times):.1f} to {max(times):.1f}"
+        span(times)
         for times in (
             [one.cost.r for one in plain],
             [one.cost.r for one in pair],
