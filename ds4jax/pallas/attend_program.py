@@ -18,7 +18,7 @@ from ds4jax.pallas import attend_arithmetic
 from ds4jax.pallas.attend_arithmetic import add, meet, score, weigh
 from ds4jax.pallas.attend_shape import CHUNK, HEADS, PART, WARPS, Shape
 from ds4jax.pallas.attend_together import await_programs, put_together
-from ds4jax.pallas.ptx import LANES, Place, add_lanes, divide, number, registers
+from ds4jax.pallas.ptx import BITS, LANES, Place, add_lanes, divide, number, registers
 
 _KEYS = PART // WARPS
 """Rows of a part that a warp brings."""
@@ -175,7 +175,7 @@ def _keep_queries(s: Shape, place: Place) -> str:
         text += f"\n    mul.f32 f, {own[0]}, {own[0]};"
         for x in own[1:]:
             text += f"\n    fma.rn.f32 f, {x}, {x}, f;"
-        for bit in (16, 8, 4, 2, 1):
+        for bit in BITS:
             text += add_lanes("f", "g", bit)
         text += f"""
     mul.f32 f, f, {number(1 / s.width)};

@@ -7,15 +7,11 @@ each other.
 
 from __future__ import annotations
 
-import numpy as np
-
-from ds4jax.pallas.attend_arithmetic import meet
+from ds4jax.pallas.attend_arithmetic import LOG2_E, meet
 from ds4jax.pallas.attend_shape import WARPS, Shape
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import Place, add_lanes, divide, number
+from ds4jax.pallas.ptx import BITS, Place, add_lanes, divide, number
 from ds4jax.pallas.ptx_fixed_point import Counter, fix, store_words
-
-_BITS = 16, 8, 4, 2, 1
 
 
 def put_together(s: Shape, place: Place) -> str:
@@ -148,7 +144,7 @@ def _shares(s: Shape) -> str:
     """Find what a lane's part is multiplied by, in `att_peak0`."""
     text = """
     max.f32 f, att_peak0, att_sink;"""
-    for bit in _BITS:
+    for bit in BITS:
         text += f"""
     shfl.sync.bfly.b32 g, f, {bit}, 31, 0xffffffff;
     max.f32 f, f, g;"""
@@ -156,13 +152,13 @@ def _shares(s: Shape) -> str:
     for value in ("att_peak0", "att_sink"):
         text += f"""
     add.f32 {value}, {value}, f;
-    mul.f32 {value}, {value}, {number(np.log2(np.e))};
+    mul.f32 {value}, {value}, {LOG2_E};
     ex2.approx.f32 {value}, {value};"""
     text += f"""
     setp.lt.u32 p, lane, {s.parts};
     selp.f32 att_peak0, att_peak0, {number(0.0)}, p;
     mul.f32 f, att_peak0, att_total0;"""
-    for bit in _BITS:
+    for bit in BITS:
         text += add_lanes("f", "g", bit)
     return (
         text

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 
 from ds4jax.pallas import float16_arithmetic, hc_program, latent, q8_arithmetic
 from ds4jax.pallas.attn_maps_shape import (
-    MEETING,
     SUMS,
     Map,
     Shape,
@@ -35,6 +34,7 @@ from ds4jax.pallas.ptx import (
 from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
     FINISHERS,
+    MEETING,
     MULTIPLIERS,
     ROWS,
     SLOT,

@@ -14,6 +14,7 @@ from ds4jax.pallas.ptx import SHARED, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 from ds4jax.pallas.q8_arithmetic import (
     COLUMNS,
+    MEETING,
     MULTIPLIERS,
     ROWS,
     SLOT,
@@ -23,9 +24,6 @@ from ds4jax.pallas.q8_arithmetic import (
     kept_rows,
 )
 from ds4jax.pallas.ring import FIRST, Ring
-
-MEETING = 1
-"""The barrier at which warps that multiply meet."""
 
 SUMS = MULTIPLIERS * ROWS
 """Sums of a task, for each row of activations."""

@@ -17,6 +17,9 @@ from jaxtyping import Array
 LANES = 32
 """Of a warp."""
 
+BITS = 16, 8, 4, 2, 1
+"""Of a lane's number: values that lanes exchange by each in turn all of them have."""
+
 SHARED = 226 * 1024
 """Bytes of shared memory that a program can have on Hopper, if Mosaic GPU carries it.
 

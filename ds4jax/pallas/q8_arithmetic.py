@@ -16,6 +16,9 @@ from ds4jax.pallas.ptx_fixed_point import to_float
 MULTIPLIERS = 8
 """Warps that multiply."""
 
+MEETING = 1
+"""The barrier at which these meet."""
+
 THREADS = MULTIPLIERS * LANES
 """That multiply."""
 

@@ -12,6 +12,7 @@ from ds4jax.pallas.ptx import SHARED, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 from ds4jax.pallas.q8_arithmetic import (
     COLUMNS,
+    MEETING,
     MULTIPLIERS,
     ROWS,
     SLOT,
@@ -21,9 +22,6 @@ from ds4jax.pallas.q8_arithmetic import (
     kept_rows,
 )
 from ds4jax.pallas.ring import AHEAD, FIRST, Ring
-
-MEETING = 1
-"""The barrier at which warps that multiply meet."""
 
 PIECE = GROUP
 """Rows of a weight that are finished together: of the first, those of a scale."""
