@@ -86,7 +86,7 @@ def score(s: Shape, place: Place) -> str:
     setp.lt.u32 p, att_turn, {s.width // 2};
     @p bra SCORE;"""
     for i in range(4):
-        text += f"\n    add.f32 att_c{i}, att_c{i}, att_c{4 + i};"
+        text += f"\n    add.rn.f32 att_c{i}, att_c{i}, att_c{4 + i};"
     text += meet(place)
     for i in range(2):
         to = place.shared + s.scores + 8 * i * 4 * SCORES
@@ -124,7 +124,7 @@ def weigh(s: Shape, place: Place) -> str:
             for i, half in enumerate("fg"):
                 x = own[2 * tile + i]
                 text += f"""
-    add.f32 {x}, {x}, {half};
+    add.rn.f32 {x}, {x}, {half};
     fma.rn.f32 {x}, {x}, att_scale, att_c{i};"""
         peak, total = f"att_peak{r}", f"att_total{r}"
         text += f"\n    max.f32 {peak}, {own[0]}, {own[1]};"
@@ -138,12 +138,12 @@ def weigh(s: Shape, place: Place) -> str:
         text += f"\n    neg.f32 g, {peak};"
         for x in own:
             text += f"""
-    add.f32 {x}, {x}, g;
-    mul.f32 {x}, {x}, {LOG2_E};
+    add.rn.f32 {x}, {x}, g;
+    mul.rn.f32 {x}, {x}, {LOG2_E};
     ex2.approx.f32 {x}, {x};"""
-        text += f"\n    add.f32 {total}, {own[0]}, {own[1]};"
+        text += f"\n    add.rn.f32 {total}, {own[0]}, {own[1]};"
         for x in own[2:]:
-            text += f"\n    add.f32 {total}, {total}, {x};"
+            text += f"\n    add.rn.f32 {total}, {total}, {x};"
         for bit in (1, 2):
             text += add_lanes(total, "f", bit)
         for tile in range(_TILES):

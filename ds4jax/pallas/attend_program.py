@@ -172,21 +172,21 @@ def _keep_queries(s: Shape, place: Place) -> str:
     mad.lo.u32 b, warp, {4 * _QUERIES * s.each}, shared;"""
     for i in range(_QUERIES * s.each):
         own = [f"att_q{4 * i * chunks + j}" for j in range(4 * chunks)]
-        text += f"\n    mul.f32 f, {own[0]}, {own[0]};"
+        text += f"\n    mul.rn.f32 f, {own[0]}, {own[0]};"
         for x in own[1:]:
             text += f"\n    fma.rn.f32 f, {x}, {x}, f;"
         for bit in BITS:
             text += add_lanes("f", "g", bit)
         text += f"""
-    mul.f32 f, f, {number(1 / s.width)};
-    add.f32 f, f, {number(s.eps)};
+    mul.rn.f32 f, f, {number(1 / s.width)};
+    add.rn.f32 f, f, {number(s.eps)};
     sqrt.rn.f32 f, f;
     div.rn.f32 f, {number(s.width**-0.5)}, f;
     @first st.shared.f32 [b+{place.shared + s.scales + 4 * i}], f;"""
         for one, other in ((0, 1), (1, 0), (2, 3), (3, 2)):
             x, pair = own[-4 + one], own[-4 + other]
             text += f"""
-    mul.f32 att_c{one}, {x}, att_cos{one};
+    mul.rn.f32 att_c{one}, {x}, att_cos{one};
     fma.rn.f32 att_c{one}, {pair}, att_sin{one}, att_c{one};"""
         for one in range(4):
             text += f"\n    mov.f32 {own[-4 + one]}, att_c{one};"

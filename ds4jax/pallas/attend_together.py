@@ -32,7 +32,7 @@ JOIN:
     text += _load(s)
     text += _shares(s)
     text += "\n    shfl.sync.idx.b32 g, att_peak0, 0, 31, 0xffffffff;"
-    text += "\n    mul.f32 f, att_sum0, g;"
+    text += "\n    mul.rn.f32 f, att_sum0, g;"
     for part in range(1, s.parts):
         text += f"""
     shfl.sync.idx.b32 g, att_peak0, {part}, 31, 0xffffffff;
@@ -51,7 +51,7 @@ JOIN:
     mad.wide.u32 address, a, 4, base;
     ld.global.nc.f32 att_sin0, [address];
     shfl.sync.bfly.b32 g, f, 1, 31, 0xffffffff;
-    mul.f32 g, g, att_sin0;
+    mul.rn.f32 g, g, att_sin0;
     neg.f32 g, g;
     fma.rn.f32 f, f, att_cos0, g;
 TURNED:"""
@@ -151,18 +151,18 @@ def _shares(s: Shape) -> str:
     text += "\n    neg.f32 f, f;"
     for value in ("att_peak0", "att_sink"):
         text += f"""
-    add.f32 {value}, {value}, f;
-    mul.f32 {value}, {value}, {LOG2_E};
+    add.rn.f32 {value}, {value}, f;
+    mul.rn.f32 {value}, {value}, {LOG2_E};
     ex2.approx.f32 {value}, {value};"""
     text += f"""
     setp.lt.u32 p, lane, {s.parts};
     selp.f32 att_peak0, att_peak0, {number(0.0)}, p;
-    mul.f32 f, att_peak0, att_total0;"""
+    mul.rn.f32 f, att_peak0, att_total0;"""
     for bit in BITS:
         text += add_lanes("f", "g", bit)
     return (
         text
         + """
-    add.f32 f, f, att_sink;
+    add.rn.f32 f, f, att_sink;
     div.rn.f32 att_peak0, att_peak0, f;"""
     )

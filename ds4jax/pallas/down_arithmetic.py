@@ -71,7 +71,7 @@ SHEXP_ROWS:"""
             text += dot("s32", words, starts) + to_float(s.limbs)
             text += f"""
     cvt.f32.f16 d, half0;
-    mul.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
+    mul.rn.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
     return text + _next_rows("SHEXP_ROWS", ("at", HIDDEN), ("at_d", 2 * _GROUPS))
 
 
@@ -182,7 +182,8 @@ def _read_expert(s: Shape) -> str:
     ld.shared.f32 scale{level}, [at_scale+{level * scale // levels}];
     ld.shared.f32 half_sum{level}, [at_sums+{level * sums // levels}];"""
         if level:
-            text += f"\n    mul.f32 scale{level}, scale{level}, {number(4.0**-level)};"
+            power = number(4.0**-level)
+            text += f"\n    mul.rn.f32 scale{level}, scale{level}, {power};"
     return text
 
 
@@ -210,16 +211,16 @@ def _multiply(s: Shape, row: int) -> str:
     and.b32 least, packed{row}, 0xF0F0F0F0;
     prmt.b32 least, least, exponent, 0x754{level};
     mov.b32 g, least;
-    add.f32 g, g, {number(-(2.0**19))};"""
+    add.rn.f32 g, g, {number(-(2.0**19))};"""
         if level:
             text += f"\n    fma.rn.f32 minimum, g, half_sum{level}, minimum;"
         else:
-            text += "\n    mul.f32 minimum, g, half_sum0;"
+            text += "\n    mul.rn.f32 minimum, g, half_sum0;"
     return (
         text
         + f"""
     cvt.f32.f16 d, half{2 * row};
-    mul.f32 f, product, d;
+    mul.rn.f32 f, product, d;
     cvt.f32.f16 d, half{2 * row + 1};
     neg.f32 d, d;
     fma.rn.f32 f, minimum, d, f;"""
@@ -228,5 +229,5 @@ def _multiply(s: Shape, row: int) -> str:
 
 def _add(to: str, times: str, is_first: bool) -> str:
     if is_first:
-        return f"\n    mul.f32 {to}, f, {times};"
+        return f"\n    mul.rn.f32 {to}, f, {times};"
     return f"\n    fma.rn.f32 {to}, f, {times}, {to};"

@@ -62,9 +62,9 @@ def merge(s: Shape) -> str:
     """Leave a lane's merged streams in shared memory, from `a` on."""
     text = ""
     if s.parts == 2:
-        text += "\n    add.f32 hc_part0, hc_part0, hc_part1;"
+        text += "\n    add.rn.f32 hc_part0, hc_part0, hc_part1;"
     for k in range(STREAMS):
-        text += f"\n    mul.f32 f, hc_mix{k}, hc_stream0;"
+        text += f"\n    mul.rn.f32 f, hc_mix{k}, hc_stream0;"
         for j in range(1, STREAMS):
             mix = f"hc_mix{j * STREAMS + k}"
             text += f"\n    fma.rn.f32 f, {mix}, hc_stream{j}, f;"
@@ -79,7 +79,7 @@ def sum_row(s: Shape) -> str:
     text = f"\n    mad.lo.u32 c, row, {s.merged_row}, hc_slot;"
     text += read_streams("c")
     for i in range(MAPS_EACH):
-        text += f"\n    mul.f32 sum{i}, hc_fn{i * STREAMS}, hc_stream0;"
+        text += f"\n    mul.rn.f32 sum{i}, hc_fn{i * STREAMS}, hc_stream0;"
         for k in range(1, STREAMS):
             fn = f"hc_fn{i * STREAMS + k}"
             text += f"\n    fma.rn.f32 sum{i}, {fn}, hc_stream{k}, sum{i};"
@@ -89,7 +89,7 @@ def sum_row(s: Shape) -> str:
     ld.shared.f32 f, [a];
     add.u32 a, c, hc_second{i};
     ld.shared.f32 g, [a];
-    mul.f32 sum{MAPS_EACH + i}, f, g;"""
+    mul.rn.f32 sum{MAPS_EACH + i}, f, g;"""
     for i in range(SUMS_EACH, _ADDED_UP):
         text += f"\n    mov.f32 sum{i}, {number(0.0)};"
     each = LANES // _ADDED_UP
@@ -151,13 +151,13 @@ def read_row(s: Shape, place: Place) -> str:
     text += _add_half("hc_inverse", "f")
     text += _root("hc_inverse", STREAMS * s.width, s.rms_eps)
     text += f"""
-    mul.f32 hc_cell, hc_cell, hc_inverse;
+    mul.rn.f32 hc_cell, hc_cell, hc_inverse;
     fma.rn.f32 hc_cell, hc_cell, hc_scale, hc_base;
-    mul.f32 hc_gate, hc_cell, {number(-np.log2(np.e))};
+    mul.rn.f32 hc_gate, hc_cell, {number(-np.log2(np.e))};
     ex2.approx.f32 hc_gate, hc_gate;
-    add.f32 hc_gate, hc_gate, {number(1.0)};
+    add.rn.f32 hc_gate, hc_gate, {number(1.0)};
     div.rn.f32 hc_gate, {number(1.0)}, hc_gate;
-    add.f32 f, hc_gate, {number(s.hc_eps)};"""
+    add.rn.f32 f, hc_gate, {number(s.hc_eps)};"""
     for k in range(STREAMS):
         text += f"\n    shfl.sync.idx.b32 hc_pre{k}, f, {_PRE + k}, 31, 0xffffffff;"
     text += """
@@ -170,10 +170,10 @@ def read_row(s: Shape, place: Place) -> str:
     add.u32 b, b, {_PRE};
     shfl.sync.idx.b32 hc_stream{which}, f, b, 31, 0xffffffff;"""
     text += f"""
-    mul.f32 hc_inverse, hc_stream0, hc_stream1;
-    mul.f32 hc_inverse, hc_inverse, g;
+    mul.rn.f32 hc_inverse, hc_stream0, hc_stream1;
+    mul.rn.f32 hc_inverse, hc_inverse, g;
     selp.f32 f, {number(1.0)}, {number(2.0)}, hc_own;
-    mul.f32 hc_inverse, hc_inverse, f;"""
+    mul.rn.f32 hc_inverse, hc_inverse, f;"""
     return text + _add_half("hc_inverse", "f") + _root("hc_inverse", s.width, s.rms_eps)
 
 
@@ -191,8 +191,8 @@ def _add_half(value: str, other: str) -> str:
 def _root(value: str, count: int, eps: float) -> str:
     """Make a sum of squares the inverse of their root mean square."""
     return f"""
-    mul.f32 {value}, {value}, {number(1 / count)};
-    add.f32 {value}, {value}, {number(eps)};
+    mul.rn.f32 {value}, {value}, {number(1 / count)};
+    add.rn.f32 {value}, {value}, {number(eps)};
     sqrt.rn.f32 {value}, {value};
     div.rn.f32 {value}, {number(1.0)}, {value};"""
 
@@ -207,11 +207,11 @@ def sinkhorn(s: Shape) -> str:
     max.f32 f, f, g;"""
     text += f"""
     neg.f32 f, f;
-    add.f32 f, hc_cell, f;
-    mul.f32 f, f, {number(np.log2(np.e))};
+    add.rn.f32 f, hc_cell, f;
+    mul.rn.f32 f, f, {number(np.log2(np.e))};
     ex2.approx.f32 hc_cell, f;"""
     text += _normalize(rows, 0.0)
-    text += f"\n    add.f32 hc_cell, hc_cell, {number(s.hc_eps)};"
+    text += f"\n    add.rn.f32 hc_cell, hc_cell, {number(s.hc_eps)};"
     text += _normalize(columns, s.hc_eps)
     if s.iterations > 1:
         text += "\n    mov.u32 turn, 1;\nHC_SINKHORN:"
@@ -228,5 +228,5 @@ def _normalize(bits: tuple[int, ...], eps: float) -> str:
     text = "\n    mov.f32 f, hc_cell;"
     text += "".join(add_lanes("f", "g", bit) for bit in bits)
     if eps:
-        text += f"\n    add.f32 f, f, {number(eps)};"
+        text += f"\n    add.rn.f32 f, f, {number(eps)};"
     return text + "\n    div.rn.f32 hc_cell, hc_cell, f;"

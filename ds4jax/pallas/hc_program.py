@@ -268,7 +268,7 @@ HC_ADD:
     for i in range(1, s.terms):
         for which in range(2):
             other = f"hc_term{2 * i + which}"
-            text += f"\n    add.f32 hc_term{which}, hc_term{which}, {other};"
+            text += f"\n    add.rn.f32 hc_term{which}, hc_term{which}, {other};"
     return (
         text
         + f"""
@@ -294,12 +294,12 @@ HC_WRITE:
     setp.ge.u32 p, hc_group, {s.groups};
     @p bra HC_LAST;"""
     text += read_streams("hc_slot")
-    text += "\n    mul.f32 hc_x, hc_pre0, hc_stream0;"
+    text += "\n    mul.rn.f32 hc_x, hc_pre0, hc_stream0;"
     for k in range(1, STREAMS):
         text += f"\n    fma.rn.f32 hc_x, hc_pre{k}, hc_stream{k}, hc_x;"
     text += f"""
-    mul.f32 hc_x, hc_x, hc_inverse;
-    mul.f32 hc_x, hc_x, hc_norm;
+    mul.rn.f32 hc_x, hc_x, hc_inverse;
+    mul.rn.f32 hc_x, hc_x, hc_norm;
     mul.lo.u32 hc_channel, hc_group, {GROUP};
     add.u32 hc_channel, hc_channel, lane;
     mad.lo.u32 a, warp, {s.width}, hc_channel;
@@ -358,7 +358,7 @@ def _write_weights(s: Shape) -> str:
     mov.u32 a, %ctaid.x;
     setp.ne.u32 p, a, {s.programs - 1};
     @p bra HC_ROWS;
-    add.f32 f, hc_gate, hc_gate;
+    add.rn.f32 f, hc_gate, hc_gate;
     and.b32 a, lane, {STREAMS - 1};
     mad.lo.u32 a, warp, {STREAMS}, a;
     mov.b64 base, %post;

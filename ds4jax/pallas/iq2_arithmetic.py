@@ -78,13 +78,13 @@ def multiply(s: Shape, own: int, row: int, step: int) -> str:
     cvt.rn.f32.s32 g, m2;
     fma.rn.f32 f, f, {number(256.0)}, g;"""
     if step == 0:
-        text += f"\n    mul.f32 sum{row}, f, scale0;"
+        text += f"\n    mul.rn.f32 sum{row}, f, scale0;"
     else:
         text += f"\n    fma.rn.f32 sum{row}, f, scale{step}, sum{row};"
     if step == s.steps - 1:
         text += f"""
     cvt.f32.f16 d, half{row % 2};
-    mul.f32 sum{row}, sum{row}, d;"""
+    mul.rn.f32 sum{row}, sum{row}, d;"""
     return text
 
 
@@ -95,11 +95,11 @@ def activate(s: Shape) -> str:
     min.f32 sum0, sum0, {number(s.limit)};
     min.f32 g, g, {number(s.limit)};
     max.f32 g, g, {number(-s.limit)};
-    mul.f32 f, sum0, {number(-np.log2(np.e))};
+    mul.rn.f32 f, sum0, {number(-np.log2(np.e))};
     ex2.approx.f32 f, f;
-    add.f32 f, f, {number(1.0)};
+    add.rn.f32 f, f, {number(1.0)};
     div.rn.f32 sum0, sum0, f;
-    mul.f32 sum0, sum0, g;"""
+    mul.rn.f32 sum0, sum0, g;"""
 
 
 def finish(s: Shape) -> str:

@@ -133,7 +133,7 @@ def _find_places(latent: Latent) -> str:
 
 def _squares(row: int) -> str:
     """Leave in `f` the sum of the squares of a warp's channels of a row."""
-    text = f"\n    mul.f32 f, v{4 * row}, v{4 * row};"
+    text = f"\n    mul.rn.f32 f, v{4 * row}, v{4 * row};"
     for i in range(1, 4):
         text += f"\n    fma.rn.f32 f, v{4 * row + i}, v{4 * row + i}, f;"
     for bit in (1, 2, 4, 8, 16):
@@ -152,8 +152,8 @@ def _norm(latent: Latent, row: int) -> str:
     values = [f"v{4 * row + i}" for i in range(4)]
     for i, value in enumerate(values):
         text += f"""
-    mul.f32 {value}, {value}, inverse;
-    mul.f32 {value}, {value}, norm{i};"""
+    mul.rn.f32 {value}, {value}, inverse;
+    mul.rn.f32 {value}, {value}, norm{i};"""
     return text + round_all(values, latent.dtype)
 
 
@@ -182,8 +182,8 @@ def _store(latent: Latent, row: int) -> str:
     @p st.shared.f32 [at_group+{fixed.at_scale + row * LANES * 4}], unit;"""
     for i, value in enumerate(values):
         text += f"""
-    mul.f32 f, {value}, units;
-    add.f32 f, f, {number(0.5)};
+    mul.rn.f32 f, {value}, units;
+    add.rn.f32 f, f, {number(0.5)};
     cvt.rmi.s32.f32 cut{i}, f;"""
     for limb in reversed(range(limbs)):
         place = fixed.at + (row * limbs + limb) * WIDTH

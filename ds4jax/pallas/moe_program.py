@@ -160,7 +160,7 @@ GATED:"""
         + _activations(s)
         + add_up(ROWS)
         # Weights were multiplied by eight times their scale, a whole number.
-        + f"\n    mul.f32 sum0, sum0, {number(1 / 8)};"
+        + f"\n    mul.rn.f32 sum0, sum0, {number(1 / 8)};"
         + activate(s)
         + slots.wait_for("VALUES_READ", s.read, "number", 2)
         + f"""

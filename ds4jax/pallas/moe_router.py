@@ -156,7 +156,7 @@ PROBABILITIES:
     if not s.routing.hashed:
         # Keys are in the order of biased probabilities, as numbers without a sign.
         text += """
-    add.f32 f, f, picked;
+    add.rn.f32 f, f, picked;
     mov.b32 a, f;
     shr.s32 c, a, 31;
     or.b32 c, c, 0x80000000;
@@ -179,18 +179,18 @@ def _probability() -> str:
     """Leave the root of the softplus of `f` there."""
     text = f"""
     abs.f32 g, f;
-    mul.f32 g, g, {number(-np.log2(np.e))};
+    mul.rn.f32 g, g, {number(-np.log2(np.e))};
     ex2.approx.f32 g, g;
-    add.f32 ratio, g, {number(2.0)};
+    add.rn.f32 ratio, g, {number(2.0)};
     div.rn.f32 ratio, g, ratio;
-    mul.f32 power, ratio, ratio;
+    mul.rn.f32 power, ratio, ratio;
     mov.f32 g, {number(1 / (2 * _TERMS - 1))};"""
     for term in reversed(range(_TERMS - 1)):
         text += f"\n    fma.rn.f32 g, g, power, {number(1 / (2 * term + 1))};"
     return (
         text
         + f"""
-    mul.f32 g, g, ratio;
+    mul.rn.f32 g, g, ratio;
     max.f32 f, f, {number(0.0)};
     fma.rn.f32 f, g, {number(2.0)}, f;
     sqrt.rn.f32 f, f;"""
@@ -320,7 +320,7 @@ WEIGH:
     text += f"""
     max.f32 f, f, {number(s.routing.smallest)};
     div.rn.f32 g, picked, f;
-    mul.f32 g, g, {number(s.routing.scale)};
+    mul.rn.f32 g, g, {number(s.routing.scale)};
     @p st.shared.f32 [b+{s.shares}], g;
     add.u32 row, row, {CHOOSERS};
     bra WEIGH;

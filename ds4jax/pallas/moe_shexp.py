@@ -107,11 +107,11 @@ SHEXP_UP_GATE:
         text += dot("s32", [f"q{i}" for i in range(8)], starts) + to_float(s.limbs)
         text += f"""
     cvt.f32.f16 d, half0;
-    mul.f32 d, d, scale{step};"""
+    mul.rn.f32 d, d, scale{step};"""
         if step:
             text += "\n    fma.rn.f32 sum0, f, d, sum0;"
         else:
-            text += "\n    mul.f32 sum0, f, d;"
+            text += "\n    mul.rn.f32 sum0, f, d;"
     text += """
     sub.u32 at, at, turn;
     sub.u32 at_words, at_words, turn;

@@ -1,4 +1,8 @@
-"""Programs in PTX: phrases of their text, and how Mosaic GPU carries them."""
+"""Programs in PTX: phrases of their text, and how Mosaic GPU carries them.
+
+Every product and sum of floats says how it is rounded, `.rn`: what does not, ptxas may
+make one `fma` of, in the program for one row and not in that for two.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +216,7 @@ def add_lanes(value: str, other: str, bit: int) -> str:
     """Add to a lane's value that of the lane whose number differs in a bit."""
     return f"""
     shfl.sync.bfly.b32 {other}, {value}, {bit}, 31, 0xffffffff;
-    add.f32 {value}, {value}, {other};"""
+    add.rn.f32 {value}, {value}, {other};"""
 
 
 def add_shared(to: str, other: str, at: str, place: int, count: int, apart: int) -> str:
@@ -230,7 +234,7 @@ def add_shared(to: str, other: str, at: str, place: int, count: int, apart: int)
     for i in range(1, count):
         text += f"""
     ld.shared.f32 {other}, [{at}+{place + i * apart}];
-    add.f32 {to}, {to}, {other};"""
+    add.rn.f32 {to}, {to}, {other};"""
     return text
 
 
@@ -250,7 +254,7 @@ def add_up(rows: int) -> str:
     selp.f32 f, sum{low}, sum{high}, p;
     selp.f32 sum{low}, sum{high}, sum{low}, p;
     shfl.sync.bfly.b32 f, f, {bit}, 31, 0xffffffff;
-    add.f32 sum{low}, sum{low}, f;"""
+    add.rn.f32 sum{low}, sum{low}, f;"""
         live, bit = live[:half], bit // 2
     while bit:
         text += add_lanes("sum0", "f", bit)

@@ -41,8 +41,8 @@ def fix(dtype: str) -> str:
     max.u32 cut, cut, {LEAST};"""
     text += find_units(limbs, "cut")
     text += f"""
-    mul.f32 units, f, units;
-    add.f32 units, units, {number(0.5)};
+    mul.rn.f32 units, f, units;
+    add.rn.f32 units, units, {number(0.5)};
     cvt.rmi.s32.f32 cut, units;
     and.b32 place, lane, 3;
     setp.eq.u32 fourth, place, 0;
@@ -83,7 +83,7 @@ def find_units(limbs: int, power: str) -> str:
     inverse = (127 << 23) + int(np.float32(most).view(np.uint32))
     return f"""
     mov.b32 unit, {power};
-    mul.f32 unit, unit, {number(1 / most)};
+    mul.rn.f32 unit, unit, {number(1 / most)};
     sub.u32 {power}, {inverse}, {power};
     mov.b32 units, {power};"""
 

@@ -260,8 +260,8 @@ def multiply(limbs: int, row: int, stride: int) -> str:
     dp4a.s32.s32 m{limb}, w{8 * line + word}, x{8 * limb + word}, {so_far};"""
         text += "\n    mad.lo.s32 m0, m0, 256, m1;" + to_float(limbs)
         text += f"""
-    mul.f32 g, d{line}, scale0;
-    mul.f32 sum{line}, f, g;"""
+    mul.rn.f32 g, d{line}, scale0;
+    mul.rn.f32 sum{line}, f, g;"""
     return text + store_sums(row, stride)
 
 
