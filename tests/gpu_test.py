@@ -158,11 +158,15 @@ def assert_same_by_width(name: str, run, *operands):
             same(found[0, width:], jnp.repeat(found[:, width - 1], 8 - width, 0))
 
 
-def assert_near(whole, by_triton, dtype: str):
+WORST = {"float32": 1e-5, "bfloat16": 2.0**-9}
+"""Of the largest.  An operand of bfloat16 may be rounded to a neighbour, 2^-8 away, but
+of many: on an H200 results differ by up to 2^-10, in float32 by 2.7e-6."""
+
+
+def assert_near(whole, by_triton, worst: float):
     """Assert that results differ by what an operand rounded otherwise makes of them."""
     for found, expected in zip(whole, by_triton, strict=True):
-        near = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype] * np.max(abs(expected))
-        assert np.max(abs(found - expected)) <= near
+        assert np.max(abs(found - expected)) <= worst * np.max(abs(expected))
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -188,7 +192,7 @@ def test_maps_of_the_input_in_ptx_and_by_triton(dtype, layer, monkeypatch):
     whole = run(8, streams, update, own)
     monkeypatch.setattr(attn_maps, "programs", lambda *_: 0)
     jax.clear_caches()
-    assert_near(whole, run(8, streams, update, own), dtype)
+    assert_near(whole, run(8, streams, update, own), WORST[dtype])
 
 
 @pytest.mark.parametrize("hashed", [False, True])
@@ -217,7 +221,7 @@ def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     whole = run(8, *operands)
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
-    assert_near(whole, run(8, *operands), dtype)
+    assert_near(whole, run(8, *operands), WORST[dtype])
 
 
 @pytest.mark.parametrize("compressed, chosen", [(0, 0), (2048, 512), (516, 0)])
@@ -246,7 +250,8 @@ def test_attention_and_its_output_in_ptx_and_by_triton(compressed, chosen, monke
     whole = run(8, *operands)
     monkeypatch.setattr(attn_out, "programs", lambda *_: 0)
     jax.clear_caches()
-    assert_near(whole, run(8, *operands), "bfloat16")
+    # Weights are rounded too, and results between the maps: on an H200 by up to 2^-8.3.
+    assert_near(whole, run(8, *operands), 2.0**-8)
 
 
 @pytest.mark.parametrize("dtype", LIMBS)
