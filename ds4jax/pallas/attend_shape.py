@@ -10,9 +10,10 @@ from jax.experimental import pallas as pl
 from ds4jax.pallas.fixed_point import GROUP, LIMBS
 from ds4jax.pallas.ptx import LANES
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
+from ds4jax.pallas.q8_arithmetic import MULTIPLIERS
 
-WARPS = 8
-"""Of a program, that take part: its first ones."""
+WARPS = MULTIPLIERS
+"""Of a program, that take part: its first ones, which multiply afterwards."""
 
 PART = 32
 """Rows that are attended to together: four for each warp."""
