@@ -7,6 +7,7 @@ process for every run would spend most of its time on imports.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -53,6 +54,9 @@ def command(name: str) -> Iterator[Command]:
 def serve(name: str):
     """Run what comes by the standard input, a line each."""
     importlib.import_module(f"ds4jax.experiments.{name}")
+    # As in conftest.py; nor is what was imported ever garbage.
+    gc.set_threshold(50_000)
+    gc.freeze()
     usual = dict(os.environ)
     for line in sys.stdin:
         folder, environment, words = json.loads(line)

@@ -111,6 +111,11 @@ def model():
     return models.lively(models.micro_config())
 
 
+def pytest_collection_finish():
+    """Look for no garbage among what was imported: that is most of all there is."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     chosen = config.option.markexpr
     for item in items:
