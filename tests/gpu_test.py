@@ -280,5 +280,6 @@ def test_two_maps_in_ptx_and_by_triton(dtype, monkeypatch):
     monkeypatch.setattr(two_maps, "programs", lambda *_: 0)
     jax.clear_caches()
     by_triton = run(8, x, first, second)
+    # What is between the maps is rounded too.
     worst = {"float32": 1e-5, "bfloat16": 2.0**-8}[dtype]
-    assert np.max(abs(whole - by_triton)) <= worst * np.max(abs(by_triton))
+    assert_near([whole], [by_triton], worst)

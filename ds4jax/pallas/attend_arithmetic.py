@@ -6,10 +6,15 @@ by side, and four lanes have a row's eight: lane / 4 is the row, lane % 4 the pa
 
 from __future__ import annotations
 
-import numpy as np
-
 from ds4jax.pallas.attend_shape import HEADS, PART, SCORES, WARPS, Shape
-from ds4jax.pallas.ptx import LANES, Place, add_lanes, divide, number, registers
+from ds4jax.pallas.ptx import (
+    Place,
+    add_lanes,
+    divide,
+    exponential,
+    number,
+    registers,
+)
 
 _STEP = 16
 """Terms of a sum that matrix units take at once, of 16 rows and 8 columns."""
@@ -27,8 +32,6 @@ _ADDED = 2
 _LEAST = -1e30
 """The peak of a part of which nothing is visible: finite."""
 
-LOG2_E = number(np.log2(np.e))
-
 
 def declare() -> str:
     """Declare the registers that are used here alone."""
@@ -36,11 +39,6 @@ def declare() -> str:
     .reg .b16 att_low, att_high;
     .reg .b32 att_a<{4 * PART // _STEP}>, att_b<2>, att_to, att_turn;
     .reg .f32 att_weight<{4 * _TILES}>, att_scale, att_peak<2>, att_total<2>;"""
-
-
-def meet(place: Place) -> str:
-    """Have the warps that take part meet."""
-    return f"\n    bar.sync {place.barrier}, {WARPS * LANES};"
 
 
 def _multiply(sums: int, a: int) -> str:
@@ -87,7 +85,7 @@ def score(s: Shape, place: Place) -> str:
     @p bra SCORE;"""
     for i in range(4):
         text += f"\n    add.rn.f32 att_c{i}, att_c{i}, att_c{4 + i};"
-    text += meet(place)
+    text += place.meet(WARPS)
     for i in range(2):
         to = place.shared + s.scores + 8 * i * 4 * SCORES
         text += f"\n    st.shared.v2.f32 [att_to+{to}], {registers('att_c', 2 * i, 2)};"
@@ -138,9 +136,7 @@ def weigh(s: Shape, place: Place) -> str:
         text += f"\n    neg.f32 g, {peak};"
         for x in own:
             text += f"""
-    add.rn.f32 {x}, {x}, g;
-    mul.rn.f32 {x}, {x}, {LOG2_E};
-    ex2.approx.f32 {x}, {x};"""
+    add.rn.f32 {x}, {x}, g;""" + exponential(x, x)
         text += f"\n    add.rn.f32 {total}, {own[0]}, {own[1]};"
         for x in own[2:]:
             text += f"\n    add.rn.f32 {total}, {total}, {x};"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from ds4jax.pallas import attend_arithmetic
-from ds4jax.pallas.attend_arithmetic import add, meet, score, weigh
+from ds4jax.pallas.attend_arithmetic import add, score, weigh
 from ds4jax.pallas.attend_shape import CHUNK, HEADS, PART, WARPS, Shape
 from ds4jax.pallas.attend_together import await_programs, put_together
 from ds4jax.pallas.ptx import BITS, LANES, Place, add_lanes, divide, number, registers
@@ -60,15 +60,15 @@ ATTEND:
     @p bra BROUGHT;
     bar.arrive {place.barrier + 1}, {(WARPS + 1) * LANES};
 BROUGHT:"""
-    text += meet(place) + "\n    mov.u32 att_block, 0;\nBLOCK:"
-    text += score(s, place) + meet(place) + weigh(s, place) + add(s, place)
+    text += place.meet(WARPS) + "\n    mov.u32 att_block, 0;\nBLOCK:"
+    text += score(s, place) + place.meet(WARPS) + weigh(s, place) + add(s, place)
     if s.each > 1:
         text += f"""
     add.u32 att_heads, att_heads, {HEADS};
     add.u32 att_block, att_block, 1;
     setp.lt.u32 p, att_block, {s.each};
     @p bra BLOCK;"""
-    text += meet(place)
+    text += place.meet(WARPS)
     text += f"""
     add.u32 task, task, {s.programs};
     bra ATTEND;

@@ -7,10 +7,9 @@ each other.
 
 from __future__ import annotations
 
-from ds4jax.pallas.attend_arithmetic import LOG2_E, meet
 from ds4jax.pallas.attend_shape import WARPS, Shape
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.ptx import BITS, Place, add_lanes, divide, number
+from ds4jax.pallas.ptx import BITS, Place, add_lanes, divide, exponential, number
 from ds4jax.pallas.ptx_fixed_point import Counter, fix, store_words
 
 
@@ -92,7 +91,7 @@ def await_programs(
     """
     own = f"[base+{place.counters + at}]"
     return (
-        meet(place)
+        place.meet(WARPS)
         + f"""
     setp.ne.u32 p, warp, {WARPS - 1};
     @p bra {label}_KNOWN;
@@ -104,7 +103,7 @@ def await_programs(
         + f"\n{label}_COUNTED:"
         + counter.wait(f"{label}_WAIT", own)
         + f"\n{label}_KNOWN:"
-        + meet(place)
+        + place.meet(WARPS)
     )
 
 
@@ -151,9 +150,7 @@ def _shares(s: Shape) -> str:
     text += "\n    neg.f32 f, f;"
     for value in ("att_peak0", "att_sink"):
         text += f"""
-    add.rn.f32 {value}, {value}, f;
-    mul.rn.f32 {value}, {value}, {LOG2_E};
-    ex2.approx.f32 {value}, {value};"""
+    add.rn.f32 {value}, {value}, f;""" + exponential(value, value)
     text += f"""
     setp.lt.u32 p, lane, {s.parts};
     selp.f32 att_peak0, att_peak0, {number(0.0)}, p;

@@ -34,11 +34,9 @@ from ds4jax.pallas.ptx import (
 from ds4jax.pallas.ptx_fixed_point import declare
 from ds4jax.pallas.q8_arithmetic import (
     FINISHERS,
-    MEETING,
     MULTIPLIERS,
     ROWS,
     SLOT,
-    THREADS,
     Activations,
     find_half,
     find_own,
@@ -142,7 +140,7 @@ def _each_task(s: Shape, label: str, maps: Sequence[Map], start: str, body: str)
 
 def _await_latent(s: Shape, m: Map) -> str:
     """Wait until all of the latent is there, if it is needed, and norm it."""
-    meet = f"\n    bar.sync {MEETING}, {THREADS};"
+    meet = s.place.meet(MULTIPLIERS)
     return (
         _first_task(s, m)
         + f"""

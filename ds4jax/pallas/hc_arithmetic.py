@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.hc_shape import (
     MAPS_EACH,
@@ -21,6 +19,7 @@ from ds4jax.pallas.ptx import (
     add_shared,
     add_up,
     divide,
+    exponential,
     number,
 )
 
@@ -150,11 +149,11 @@ def read_row(s: Shape, place: Place) -> str:
     selp.f32 hc_inverse, g, {number(0.0)}, hc_own;"""
     text += _add_half("hc_inverse", "f")
     text += _root("hc_inverse", STREAMS * s.width, s.rms_eps)
-    text += f"""
+    text += """
     mul.rn.f32 hc_cell, hc_cell, hc_inverse;
-    fma.rn.f32 hc_cell, hc_cell, hc_scale, hc_base;
-    mul.rn.f32 hc_gate, hc_cell, {number(-np.log2(np.e))};
-    ex2.approx.f32 hc_gate, hc_gate;
+    fma.rn.f32 hc_cell, hc_cell, hc_scale, hc_base;"""
+    text += exponential("hc_gate", "hc_cell", -1)
+    text += f"""
     add.rn.f32 hc_gate, hc_gate, {number(1.0)};
     div.rn.f32 hc_gate, {number(1.0)}, hc_gate;
     add.rn.f32 f, hc_gate, {number(s.hc_eps)};"""
@@ -205,12 +204,10 @@ def sinkhorn(s: Shape) -> str:
         text += f"""
     shfl.sync.bfly.b32 g, f, {bit}, 31, 0xffffffff;
     max.f32 f, f, g;"""
-    text += f"""
+    text += """
     neg.f32 f, f;
-    add.rn.f32 f, hc_cell, f;
-    mul.rn.f32 f, f, {number(np.log2(np.e))};
-    ex2.approx.f32 hc_cell, f;"""
-    text += _normalize(rows, 0.0)
+    add.rn.f32 f, hc_cell, f;"""
+    text += exponential("hc_cell", "f") + _normalize(rows, 0.0)
     text += f"\n    add.rn.f32 hc_cell, hc_cell, {number(s.hc_eps)};"
     text += _normalize(columns, s.hc_eps)
     if s.iterations > 1:

@@ -36,7 +36,6 @@ from ds4jax.pallas.hc_shape import (
     Shape,
 )
 from ds4jax.pallas.ptx import (
-    LANES,
     Place,
     divide,
     registers,
@@ -163,12 +162,8 @@ HC_ROWS:
     mov.b64 base, %counters;"""
         + s.written.wait("HC_WRITTEN", f"[base+{place.counters + s.at_written}]")
         + "\nHC_INPUT:"
-        + _meet(place)
+        + place.meet(WARPS)
     )
-
-
-def _meet(place: Place) -> str:
-    return f"\n    bar.sync {place.barrier}, {WARPS * LANES};"
 
 
 def _sum_groups(s: Shape, place: Place) -> str:
@@ -183,7 +178,7 @@ HC_GROUP:
     setp.ge.u32 p, warp, {s.rows};
     @p bra HC_MERGED;
     mad.lo.u32 a, warp, {s.merged_row}, hc_slot;"""
-    text += merge(s) + "\nHC_MERGED:" + _meet(place)
+    text += merge(s) + "\nHC_MERGED:" + place.meet(WARPS)
     if _is_half(s):
         for i in range(MAPS_EACH * STREAMS):
             text += f"\n    cvt.f32.f16 hc_fn{i}, hc_raw{i};"
@@ -192,7 +187,7 @@ HC_GROUP:
     add.u32 row, row, 1;
     setp.lt.u32 p, row, {s.rows};
     @p bra HC_ROW;"""
-    text += _meet(place)
+    text += place.meet(WARPS)
     text += f"""
     setp.ne.u32 p, warp, {_READER};
     @p bra HC_COUNTED;
@@ -247,7 +242,7 @@ def _await_sums(s: Shape, place: Place) -> str:
     @p bra HC_READ;
     mov.b64 base, %counters;"""
     text += s.summed.wait("HC_SUMS", f"[base+{place.counters}]")
-    return text + "\nHC_READ:" + _meet(place)
+    return text + "\nHC_READ:" + place.meet(WARPS)
 
 
 def _add_sums(s: Shape, place: Place) -> str:
@@ -279,7 +274,7 @@ HC_ADD:
     add.u32 row, row, 1;
     setp.lt.u32 p, row, {s.rows};
     @p bra HC_ADD;"""
-        + _meet(place)
+        + place.meet(WARPS)
     )
 
 

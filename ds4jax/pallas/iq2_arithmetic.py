@@ -5,12 +5,10 @@ Nothing is converted: codes and signs are nibbles by which `prmt` picks four wei
 
 from __future__ import annotations
 
-import numpy as np
-
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
-from ds4jax.pallas.ptx import LANES, add_lanes, divide, number, registers
+from ds4jax.pallas.ptx import LANES, add_lanes, divide, exponential, number, registers
 from ds4jax.pallas.ptx_fixed_point import fix, store_words
 
 
@@ -90,16 +88,19 @@ def multiply(s: Shape, own: int, row: int, step: int) -> str:
 
 def activate(s: Shape) -> str:
     """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
-    return f"""
+    text = f"""
     shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
     min.f32 sum0, sum0, {number(s.limit)};
     min.f32 g, g, {number(s.limit)};
-    max.f32 g, g, {number(-s.limit)};
-    mul.rn.f32 f, sum0, {number(-np.log2(np.e))};
-    ex2.approx.f32 f, f;
+    max.f32 g, g, {number(-s.limit)};"""
+    text += exponential("f", "sum0", -1)
+    return (
+        text
+        + f"""
     add.rn.f32 f, f, {number(1.0)};
     div.rn.f32 sum0, sum0, f;
     mul.rn.f32 sum0, sum0, g;"""
+    )
 
 
 def finish(s: Shape) -> str:

@@ -6,7 +6,6 @@ has weights copied has to know the experts.
 
 from __future__ import annotations
 
-import numpy as np
 from jax.experimental import pallas as pl
 
 from ds4jax.pallas.fixed_point import GROUP
@@ -18,6 +17,7 @@ from ds4jax.pallas.ptx import (
     add_up,
     arrive,
     divide,
+    exponential,
     number,
     registers,
     store_row,
@@ -177,10 +177,8 @@ WRITTEN:"""
 
 def _probability() -> str:
     """Leave the root of the softplus of `f` there."""
-    text = f"""
-    abs.f32 g, f;
-    mul.rn.f32 g, g, {number(-np.log2(np.e))};
-    ex2.approx.f32 g, g;
+    text = "\n    abs.f32 g, f;" + exponential("g", "g", -1)
+    text += f"""
     add.rn.f32 ratio, g, {number(2.0)};
     div.rn.f32 ratio, g, ratio;
     mul.rn.f32 power, ratio, ratio;

@@ -44,6 +44,10 @@ class Place(NamedTuple):
     counters: int
     barrier: int
 
+    def meet(self, warps: int) -> str:
+        """Have so many warps meet."""
+        return f"\n    bar.sync {self.barrier}, {warps * LANES};"
+
 
 def programs() -> int:
     """Return how many programs can run side by side, each on a multiprocessor.
@@ -217,6 +221,13 @@ def add_lanes(value: str, other: str, bit: int) -> str:
     return f"""
     shfl.sync.bfly.b32 {other}, {value}, {bit}, 31, 0xffffffff;
     add.rn.f32 {value}, {value}, {other};"""
+
+
+def exponential(to: str, value: str, sign: int = 1) -> str:
+    """Leave e to the power of a value, or of its negative."""
+    return f"""
+    mul.rn.f32 {to}, {value}, {number(sign * np.log2(np.e))};
+    ex2.approx.f32 {to}, {to};"""
 
 
 def add_shared(to: str, other: str, at: str, place: int, count: int, apart: int) -> str:
