@@ -167,7 +167,7 @@ def test_memory_is_enough_for_all_rows():
     for dtype in LIMBS:
         given = hc.reading(dtype, 2, width=4096)
         for rows in range(1, 9):
-            reading = hc_ptx.shape(given, attn_maps.ORDERS, rows, 132)
+            reading = hc_ptx.shape(given, rows, 132)
             s = Shape((*first, *second), EPS, reading)
             assert s.slots >= 2 and s.shared <= SHARED
 

@@ -13,10 +13,9 @@ from ptx_machine import Machine
 
 from ds4jax.config import ModelConfig
 from ds4jax.pallas import hc_program, hc_ptx, hc_shape
-from ds4jax.pallas.fixed_point import Order, fix
+from ds4jax.pallas.fixed_point import fix
 from ds4jax.pallas.hc_shape import MAPS, STREAMS, WARPS, Shape
 from ds4jax.pallas.hyper_connection import Reading
-from ds4jax.pallas.moe_ptx import ORDERS
 from ds4jax.pallas.ptx import Place, begin, bind
 from ds4jax.pallas.ptx_fixed_point import APART, declare
 
@@ -79,7 +78,7 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Return what programs write, and NaNs where they write nothing."""
     given = first_rows(reading(dtype, parts, fn), rows)
-    s = hc_ptx.shape(given, ORDERS, rows, programs)
+    s = hc_ptx.shape(given, rows, programs)
     counters = np.zeros(s.counters + APART, np.uint32)
     written = [
         np.full(array.shape, -1, np.int32).view(array.dtype)
@@ -150,39 +149,36 @@ def test_programs_read_streams_as_the_model_does(dtype, rows, programs, parts, f
     for name in NEAR:
         last = found[name][rows - 1]
         same(found[name][rows:], np.repeat(last[None], WRITTEN - rows, 0))
-    x = jnp.asarray(found["x"][:rows])
-    for i, order in enumerate(ORDERS):
-        fixed = fix(x, dtype, order, interpret=True)
-        same(found[f"x_words{i}"], fixed.words)
-        same(found["x_scale"], fixed.scale)
+    fixed = fix(jnp.asarray(found["x"][:rows]), dtype, interpret=True)
+    same(found["x_words"], fixed.words)
+    same(found["x_scale"], fixed.scale)
 
 
 @pytest.mark.parametrize("rows, programs", [(2, 3), (3, 24), (8, 16)])
 def test_whatever_the_number_of_rows_and_programs(rows, programs):
     """The same bits."""
     one, several = run("bfloat16", 1, 20, 1), run("bfloat16", rows, programs, 1)
-    for name in ("streams", "x", "post", "mix", "x_words0", "x_words1", "x_scale"):
+    for name in ("streams", "x", "post", "mix", "x_words", "x_scale"):
         same(several[name][0], one[name][0])
 
 
 @pytest.mark.parametrize(
-    "streams, width, rows, fn, orders, expected",
+    "streams, width, rows, fn, expected",
     [
-        (4, 4096, 8, "float16", (Order(),), True),
-        (4, 256, 1, "float32", ORDERS, True),
-        (2, 4096, 8, "float16", (Order(),), False),
-        (4, 4096, 9, "float16", (Order(),), False),
-        (4, 8192, 8, "float16", (Order(),), False),
-        (4, 4128, 8, "float16", (Order(),), False),
-        (4, 4096, 8, "bfloat16", (Order(),), False),
-        (4, 4096, 8, "float16", (Order(4),), False),
+        (4, 4096, 8, "float16", True),
+        (4, 256, 1, "float32", True),
+        (2, 4096, 8, "float16", False),
+        (4, 4096, 9, "float16", False),
+        (4, 8192, 8, "float16", False),
+        (4, 4128, 8, "float16", False),
+        (4, 4096, 8, "bfloat16", False),
     ],
 )
-def test_what_it_serves(streams, width, rows, fn, orders, expected):
-    assert hc_shape.serves(streams, width, rows, fn, orders) == expected
+def test_what_it_serves(streams, width, rows, fn, expected):
+    assert hc_shape.serves(streams, width, rows, fn) == expected
 
 
 def test_it_serves_what_follows_a_block():
     own = reading("bfloat16", 1)
-    assert hc_ptx.serves(own, ORDERS)
-    assert not hc_ptx.serves(own._replace(update=None), ORDERS)
+    assert hc_ptx.serves(own)
+    assert not hc_ptx.serves(own._replace(update=None))

@@ -15,7 +15,7 @@ from pallas_matmul_test import EXPERTS, IN, cast, rows, weight
 from ds4jax import synthetic
 from ds4jax.model.hyper import HyperConnection, Update
 from ds4jax.model.layers import RMSNorm
-from ds4jax.pallas import experts, hyper_connection, moe_ptx, router
+from ds4jax.pallas import experts, hyper_connection, router
 from ds4jax.pallas.experts import Experts
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, FixedPoint, Order, fix
 from ds4jax.pallas.hyper_connection import Reading
@@ -227,10 +227,10 @@ def test_hyper_connection(hidden, merges, dtype, widths):
         streams, update = rows
         of_norm = norm.weight.get_value()
         own = Reading(streams, update, **weights, norm=of_norm, config=config)
-        return hyper_connection.read(own, moe_ptx.ORDERS, width, interpret=True)
+        return hyper_connection.read(own, ORDERS, width, interpret=True)
 
     x, fixed, *others = read((streams, update), None)
-    for found, order in zip(fixed, moe_ptx.ORDERS, strict=True):
+    for found, order in zip(fixed, ORDERS, strict=True):
         wanted = fix(x, dtype, order, interpret=True)
         same(found.words, wanted.words)
         same(found.scale, wanted.scale)

@@ -92,6 +92,30 @@ def multiply_tiles(a, b, c):
     return [bits(real(x) + y) for x, y in zip(c, found, strict=True)]
 
 
+def multiply_bytes(a, b, c, kind: type[np.integer]):
+    """Return `mma` of 16 x 32 bytes, of a kind, and 32 x 8 with signs, added to c.
+
+    Of each a lane has four that are side by side.
+    """
+    place, own = np.divmod(np.arange(LANES), 4)
+    four, pair = 4 * own[:, None] + np.arange(4), 2 * own[:, None] + np.arange(2)
+    first, second = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
+    for i, words in enumerate(a):
+        first[place[:, None] + i % 2 * 8, four + i // 2 * 16] = of_bytes(words, kind)
+    for i, words in enumerate(b):
+        second[four + 16 * i, place[:, None]] = of_bytes(words, np.int8)
+    product = (first @ second).view(np.uint32)
+    found = [product[place + 8 * (i // 2), pair[:, i % 2]] for i in range(4)]
+    return [x + y for x, y in zip(c, found, strict=True)]
+
+
+MULTIPLY = {
+    "m16n8k16.row.col.f32.bf16.bf16.f32": multiply_tiles,
+    "m16n8k32.row.col.s32.s8.s8.s32": functools.partial(multiply_bytes, kind=np.int8),
+    "m16n8k32.row.col.s32.u8.s8.s32": functools.partial(multiply_bytes, kind=np.uint8),
+}
+"""What `mma` computes of registers that are a tile, another, and what is added."""
+
 COMPUTE = {
     "add.u32": lambda a, b: a + b,
     "sub.u32": lambda a, b: a - b,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ptx_instructions import COMPUTE, LANES, multiply_tiles
+from ptx_instructions import COMPUTE, LANES, MULTIPLY
 
 SHARED = 1024
 """Where shared memory begins; operand i begins at (i + 1) << 32."""
@@ -35,6 +35,7 @@ ACTS = {
 """From what an instruction begins with to the name of what a `Program` does, if
 anything: where instructions run one by one, some have nothing to order."""
 
+MMA_ALIGNED = "mma.sync.aligned."
 MMA = 0, 4, 8, 10, 14
 """Where the operands of `mma` begin, and end."""
 
@@ -117,8 +118,9 @@ class Text:
         elif name in COMPUTE:
             to, *read = operands
             self.code.append(computing(COMPUTE[name], to, self.types[to], read, guard))
-        elif name.startswith("mma."):
-            self.code.append(multiplying(operands))
+        elif name.startswith(MMA_ALIGNED):
+            multiply = MULTIPLY[name.removeprefix(MMA_ALIGNED)]
+            self.code.append(multiplying(multiply, operands))
         else:
             act = next(act for prefix, act in ACTS.items() if name.startswith(prefix))
             if act:
@@ -156,12 +158,12 @@ def computing(
     return of_several if len(read) > 1 else of_one
 
 
-def multiplying(registers: list[str]) -> Compute:
+def multiplying(multiply: Callable, registers: list[str]) -> Compute:
     """Return what multiplies tiles: four registers of sums, four, two, and four."""
     to, *read = (registers[start:end] for start, end in itertools.pairwise(MMA))
 
     def of_tiles(file: Registers):
-        found = multiply_tiles(*([file[name] for name in own] for own in read))
+        found = multiply(*([file[name] for name in own] for own in read))
         file.update(zip(to, found, strict=True))
 
     return of_tiles

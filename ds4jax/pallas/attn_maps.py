@@ -24,16 +24,12 @@ from jaxtyping import Array, Float
 from ds4jax.pallas import hc_ptx, ptx
 from ds4jax.pallas.attn_maps_program import program
 from ds4jax.pallas.attn_maps_shape import Map, Shape
-from ds4jax.pallas.fixed_point import Order
 from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.latent import WIDTH
 from ds4jax.pallas.matmul import is_q8_0
 from ds4jax.pallas.passes import Weight
 from ds4jax.pallas.q8_arithmetic import COLUMNS, MULTIPLIERS, WARPS
 from ds4jax.quant import QuantTensor
-
-ORDERS = (Order(),)
-"""Of the input in fixed point."""
 
 
 class Maps(NamedTuple):
@@ -68,7 +64,7 @@ def serves(reading: Reading, maps: Maps, programs: int) -> bool:
     weights, latent = [*maps.first, *maps.second], maps.first[0]
     if not all(_is_served(w) for w in weights) or not is_q8_0(latent):
         return False
-    if not hc_ptx.serves(reading, ORDERS):
+    if not hc_ptx.serves(reading):
         return False
     s = shape(len(reading.streams), reading, maps, programs)
     for m in s.maps:
@@ -123,7 +119,7 @@ def shape(width: int, reading: Reading, maps: Maps, programs: int) -> Shape:
         Map(f"map{i}", is_q8_0(w), w.shape[0], w.shape[1], is_second)
         for i, (w, is_second) in enumerate(both)
     )
-    return Shape(found, maps.norm[1], hc_ptx.shape(reading, ORDERS, width, programs))
+    return Shape(found, maps.norm[1], hc_ptx.shape(reading, width, programs))
 
 
 def operands(s: Shape, reading: Reading, maps: Maps) -> list[Array]:

@@ -23,6 +23,7 @@ from ds4jax.pallas.attn_maps_shape import (
 from ds4jax.pallas.float16_arithmetic import CHUNKS, Floats
 from ds4jax.pallas.ptx import (
     LANES,
+    Piece,
     add_shared,
     arrive,
     begin,
@@ -189,7 +190,7 @@ def _fixed(s: Shape, m: Map) -> tuple[str, list[str]]:
     if m.is_second:
         kept = s.latent.fixed
         return kept.own("lane"), [kept.read(row) for row in range(s.rows)]
-    kept, x = s.kept, Activations("x_words0", "x_scale", m.columns, 1)
+    kept, x = s.kept, Activations("x_words", "x_scale", m.columns, 1)
     rows = [
         kept.read(row) if row < kept.rows else x.load(s.limbs, row, 0)
         for row in range(s.rows)
@@ -214,7 +215,7 @@ def _floats(s: Shape, m: Map) -> tuple[str, list[str]]:
 
 def _copy(s: Shape, m: Map) -> str:
     """Have the first lane copy the weights of a map's tasks, as there is room."""
-    pieces = [(name, "task", size, size) for name, size in m.planes]
+    pieces = [Piece(name, "task", size, size) for name, size in m.planes]
     return _each_task(s, "COPY", [m], "", s.ring.copy(f"_{m.name}", pieces))
 
 

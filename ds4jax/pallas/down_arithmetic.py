@@ -1,12 +1,15 @@
 """What `moe_ptx`'s programs compute of down, in PTX: products in Q8_0 and Q2_K.
 
-A lane has the same chunks of 16 bytes of each of a warp's rows, so that it holds their
-activations in registers.
+Of Q8_0 a lane has the same chunks of 16 bytes of each of a warp's rows, so that it
+holds their activations in registers.  Of Q2_K, on matrix units, a warp has four chunks
+of all rows of a block, and a lane one of every LINES-th.
 """
 
 from __future__ import annotations
 
+from ds4jax.pallas import matrix_units
 from ds4jax.pallas.fixed_point import GROUP
+from ds4jax.pallas.matrix_units import LINES, PARTS
 from ds4jax.pallas.moe_shape import DOWN_ROWS, HIDDEN, ORDER, Shape
 from ds4jax.pallas.ptx import LANES, number, registers
 from ds4jax.pallas.ptx_fixed_point import dot, to_float
@@ -17,7 +20,7 @@ _CHUNKS = HIDDEN // (16 * LANES)
 _GROUPS = HIDDEN // GROUP
 
 _AT_ONCE = 2
-"""Rows that a warp multiplies at a time."""
+"""Rows that a lane multiplies at a time."""
 
 EXPONENT = 0x49000000
 """Bits of 2^19 as a float32, whose last bit is a sixteenth, in register `exponent`."""
@@ -71,12 +74,13 @@ SHEXP_ROWS:"""
             text += dot("s32", words, starts) + to_float(s.limbs)
             text += f"""
     cvt.f32.f16 d, half0;
-    mul.rn.f32 d, d, scale{chunk};""" + _add(f"value{row}", "d", chunk == 0)
-    return text + _next_rows("SHEXP_ROWS", ("at", HIDDEN), ("at_d", 2 * _GROUPS))
+    mul.rn.f32 d, d, scale{chunk};""" + _add(f"value{row}", "f", "d", chunk == 0)
+    steps = ("at", _AT_ONCE * HIDDEN), ("at_d", _AT_ONCE * 2 * _GROUPS)
+    return text + _next_rows("SHEXP_ROWS", *steps)
 
 
 def _next_rows(label: str, *steps: tuple[str, int]) -> str:
-    """Go on to a warp's next rows; the values of these are the last of the sums.
+    """Go on to a lane's next rows; the values of these are the last of the sums.
 
     A loop, for what is multiplied once has to be fetched once, which takes longer.
     """
@@ -86,7 +90,7 @@ def _next_rows(label: str, *steps: tuple[str, int]) -> str:
     for row in range(_AT_ONCE):
         text += f"\n    mov.f32 sum{DOWN_ROWS - _AT_ONCE + row}, value{row};"
     for register, step in steps:
-        text += f"\n    add.u32 {register}, {register}, {_AT_ONCE * step};"
+        text += f"\n    add.u32 {register}, {register}, {step};"
     return (
         text
         + f"""
@@ -105,7 +109,7 @@ def read_shares(s: Shape) -> str:
 
 
 def add_experts(s: Shape) -> str:
-    """Add the products of a warp's rows with a task's experts, weighed."""
+    """Add the products of a lane's chunks with a task's experts, weighed."""
     (_, words), (_, scale), (_, sums) = s.hidden
     quants, scales, d, _ = (size // GROUP for _, size in s.down_planes)
     at_scales, at_d = GROUP * quants, GROUP * (quants + scales)
@@ -113,25 +117,26 @@ def add_experts(s: Shape) -> str:
     and.b32 a, stage, 1;
     mad.lo.u32 a, a, {s.stage}, shared;
     add.u32 a, a, {s.staged};
-    mad.lo.u32 at_words, lane, 16, a;
-    mad.lo.u32 at_sums, lane, 4, a;
+    mad.lo.u32 c, warp, {PARTS}, own_part;
+    mad.lo.u32 at_words, c, 16, a;
+    mad.lo.u32 at_words, own_limb, {HIDDEN}, at_words;
+    mad.lo.u32 at_sums, c, 4, a;
     add.u32 at_sums, at_sums, {s.at_once * (words + scale)};
-    shr.u32 b, lane, 1;
+    shr.u32 b, c, 1;
     mad.lo.u32 at_scale, b, 4, a;
     add.u32 at_scale, at_scale, {s.at_once * words};
-    mad.lo.u32 at, warp, {DOWN_ROWS * quants}, here;
-    mad.lo.u32 at, lane, 16, at;
-    mad.lo.u32 at_min, warp, {DOWN_ROWS * scales}, here;
-    mad.lo.u32 at_min, lane, 4, at_min;
-    mad.lo.u32 at_d, warp, {DOWN_ROWS * d}, here;
-    shr.u32 a, lane, 2;
-    mad.lo.u32 at_d, a, 2, at_d;
+    mad.lo.u32 at, own_line, {quants}, here;
+    mad.lo.u32 at, c, 16, at;
+    mad.lo.u32 at_min, own_line, {scales}, here;
+    mad.lo.u32 at_min, c, 4, at_min;
+    mad.lo.u32 at_d, own_line, {d}, here;
+    mad.lo.u32 at_d, warp, 2, at_d;
     add.u32 end, pair, {s.at_once};
 EXPERT:"""
     text += _read_expert(s)
 
     def read_row(row: int, ahead: int) -> str:
-        line = row + ahead
+        line = (row + ahead) * LINES
         return f"""
     ld.shared.v4.b32 {registers("q", 4 * row, 4)}, [at+{line * quants}];
     ld.shared.b32 packed{row}, [at_min+{at_scales + line * scales}];
@@ -142,18 +147,18 @@ EXPERT:"""
     text += """
     mov.u32 turn, 0;
 ROWS:"""
+    text += _multiply(s)
     for row in range(_AT_ONCE):
-        text += _multiply(s, row)
-        text += f"\n    fma.rn.f32 value{row}, f, share0, sum{row};"
-        # Of the last row there is none ahead: what lies there is read for nothing.
+        text += f"\n    fma.rn.f32 value{row}, product{row}, share0, sum{row};"
+        # Of the last rows there are none ahead: what lies there is read for nothing.
         text += read_row(row, _AT_ONCE)
-    text += _next_rows("ROWS", ("at", quants), ("at_min", scales), ("at_d", d))
+    sizes = ("at", quants), ("at_min", scales), ("at_d", d)
+    text += _next_rows("ROWS", *((to, _AT_ONCE * LINES * size) for to, size in sizes))
     for other in range(1, s.at_once):
         text += f"\n    mov.f32 share{other - 1}, share{other};"
     steps = (
-        ("at", s.expert - DOWN_ROWS * quants), ("at_d", s.expert - DOWN_ROWS * d),
-        ("at_min", s.expert - DOWN_ROWS * scales), ("at_words", words),
-        ("at_scale", scale), ("at_sums", sums), ("pair", 1),
+        *((to, s.expert - GROUP * size) for to, size in sizes),
+        ("at_words", words), ("at_scale", scale), ("at_sums", sums), ("pair", 1),
     )  # fmt: skip
     for register, step in steps:
         text += f"\n    add.u32 {register}, {register}, {step};"
@@ -166,17 +171,17 @@ ROWS:"""
 
 
 def _read_expert(s: Shape) -> str:
-    """Read a lane's hidden values of an expert.
+    """Read the hidden values of an expert that a lane holds, and its scales.
 
     Bits of a level are multiplied where they are, which its scale makes up for.
     """
     (_, _), (_, scale), (_, sums) = s.hidden
     levels, text = ORDER.levels, ""
-    for limb in range(s.limbs):
+    for i, (holds, limb) in enumerate(matrix_units.held(s.limbs)):
         for level in range(levels):
-            x = registers("x", 4 * (limb * levels + level), 4)
+            x = registers("x", 4 * (i * levels + level), 4)
             place = limb * HIDDEN + level * HIDDEN // levels
-            text += f"\n    ld.shared.v4.b32 {x}, [at_words+{place}];"
+            text += f"\n    @{holds} ld.shared.v4.b32 {x}, [at_words+{place}];"
     for level in range(levels):
         text += f"""
     ld.shared.f32 scale{level}, [at_scale+{level * scale // levels}];
@@ -187,47 +192,42 @@ def _read_expert(s: Shape) -> str:
     return text
 
 
-def _multiply(s: Shape, row: int) -> str:
-    """Multiply a chunk of a row: four levels of 16 weights each, to `f`.
+def _multiply(s: Shape) -> str:
+    """Multiply a chunk of two rows: four levels of 16 weights each, to `product`s.
 
     Minima are not converted: as the last bits of a float32 they are its value already.
     """
     levels, text = ORDER.levels, ""
     for level in range(levels):
         mask = 0x03030303 << 2 * level
-        words = [f"w{i}" for i in range(4)]
-        for i, word in enumerate(words):
-            text += f"\n    and.b32 {word}, q{4 * row + i}, {mask};"
-        starts = [4 * (limb * levels + level) for limb in range(s.limbs)]
-        text += dot("u32", words, starts)
-        text += f"""
+        for i in range(4 * _AT_ONCE):
+            text += f"\n    and.b32 w{i}, q{i}, {mask};"
+        words = [4 * row for row in range(_AT_ONCE)]
+        x = [4 * (i * levels + level) for i, _ in enumerate(matrix_units.held(s.limbs))]
+        text += matrix_units.multiply("u8", 4, words, x)
+        for row in range(_AT_ONCE):
+            text += f"""
     and.b32 times, packed{row}, 0x0F0F0F0F;
-    prmt.b32 times, times, 0, 0x444{level};
-    mul.lo.s32 m0, m0, times;"""
-        if s.limbs == 3:
-            text += "\n    mul.lo.s32 m2, m2, times;"
-        text += to_float(s.limbs) + _add("product", f"scale{level}", level == 0)
-        text += f"""
+    prmt.b32 times, times, 0, 0x444{level};"""
+            text += matrix_units.to_float(s.limbs, row)
+            text += _add(f"product{row}", "f", f"scale{level}", level == 0)
+            text += f"""
     and.b32 least, packed{row}, 0xF0F0F0F0;
     prmt.b32 least, least, exponent, 0x754{level};
     mov.b32 g, least;
     add.rn.f32 g, g, {number(-(2.0**19))};"""
-        if level:
-            text += f"\n    fma.rn.f32 minimum, g, half_sum{level}, minimum;"
-        else:
-            text += "\n    mul.rn.f32 minimum, g, half_sum0;"
-    return (
-        text
-        + f"""
+            text += _add(f"minimum{row}", "g", f"half_sum{level}", level == 0)
+    for row in range(_AT_ONCE):
+        text += f"""
     cvt.f32.f16 d, half{2 * row};
-    mul.rn.f32 f, product, d;
+    mul.rn.f32 product{row}, product{row}, d;
     cvt.f32.f16 d, half{2 * row + 1};
     neg.f32 d, d;
-    fma.rn.f32 f, minimum, d, f;"""
-    )
+    fma.rn.f32 product{row}, minimum{row}, d, product{row};"""
+    return text
 
 
-def _add(to: str, times: str, is_first: bool) -> str:
+def _add(to: str, value: str, times: str, is_first: bool) -> str:
     if is_first:
-        return f"\n    mul.rn.f32 {to}, f, {times};"
-    return f"\n    fma.rn.f32 {to}, f, {times}, {to};"
+        return f"\n    mul.rn.f32 {to}, {value}, {times};"
+    return f"\n    fma.rn.f32 {to}, {value}, {times}, {to};"

@@ -318,24 +318,13 @@ HC_WRITE:
 
 
 def _store_fixed(s: Shape) -> str:
-    """Write the words that `fix` left of the group, in each order, and its scale."""
-    text = ""
-    for i, order in enumerate(s.orders):
-        if order.by_word:
-            text += f"""
-    mul.lo.u32 a, warp, {8 * s.limbs};{divide("b", "lane", 4)}
-    add.u32 a, a, b;
-    mad.lo.u32 a, a, {s.groups}, hc_group;
-    mov.b64 base, %x_words{i};
-    mad.wide.u32 address, a, 4, base;"""
-        else:
-            text += f"""
-    mad.lo.u32 a, warp, {s.limbs * s.width}, hc_channel;
-    mov.b64 base, %x_words{i};
-    mad.wide.u32 address, a, 1, base;"""
-        text += store_words(s.limbs, "address", s.width)
+    """Write the words that `fix` left of the group, and its scale."""
     return (
-        text
+        f"""
+    mad.lo.u32 a, warp, {s.limbs * s.width}, hc_channel;
+    mov.b64 base, %x_words;
+    mad.wide.u32 address, a, 1, base;"""
+        + store_words(s.limbs, "address", s.width)
         + f"""
     mad.lo.u32 a, warp, {s.groups}, hc_group;
     mov.b64 base, %x_scale;

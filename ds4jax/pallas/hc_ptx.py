@@ -6,8 +6,6 @@ which no weight of the block is on its way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -18,7 +16,7 @@ from ds4jax.pallas.hc_shape import MAPS, SUMS, Shape
 from ds4jax.pallas.hyper_connection import Reading
 
 
-def serves(reading: Reading, orders: Sequence[Order]) -> bool:
+def serves(reading: Reading) -> bool:
     """Say whether a launch can begin with it.
 
     Where there is an update it follows a block's launches.  Else nothing would keep it
@@ -28,18 +26,16 @@ def serves(reading: Reading, orders: Sequence[Order]) -> bool:
     if reading.update is None or not 1 <= len(reading.update[0]) <= 2:
         return False
     rows, m, d = reading.streams.shape
-    return hc_shape.serves(m, d, rows, reading.fn.dtype.name, orders)
+    return hc_shape.serves(m, d, rows, reading.fn.dtype.name)
 
 
-def shape(
-    reading: Reading, orders: Sequence[Order], width: int, programs: int
-) -> Shape:
+def shape(reading: Reading, width: int, programs: int) -> Shape:
     """Return what programs are made for, that compute `width` rows."""
     (rows, _, d), c, update = reading.streams.shape, reading.config, reading.update
     assert update and len(reading.fn) == MAPS
     return Shape(
         width, rows - width, d, len(update[0]), reading.fn.dtype.name, c.dtype,
-        tuple(orders), programs, c.sinkhorn_iters, c.hc_eps, c.rms_eps,
+        programs, c.sinkhorn_iters, c.hc_eps, c.rms_eps,
     )  # fmt: skip
 
 
@@ -55,9 +51,8 @@ def written(s: Shape) -> list[jax.ShapeDtypeStruct]:
     """Return what programs write of it, in their order."""
     rows, m = s.rows + s.copied_rows, hc_shape.STREAMS
     array = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
-    fixed = [shapes(s.rows, s.width, s.dtype, order) for order in s.orders]
-    _, scale, _ = fixed[0]
+    words, scale, _ = shapes(s.rows, s.width, s.dtype, Order())
     return [
         array(rows, m, s.width), array(s.groups, s.rows, SUMS), array(rows, s.width),
-        *(words for words, *_ in fixed), scale, array(rows, m), array(rows, m, m),
+        words, scale, array(rows, m), array(rows, m, m),
     ]  # fmt: skip

@@ -5,12 +5,11 @@ It is the beginning of a launch that reads what a hyper connection makes of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
-from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
+from ds4jax.pallas.fixed_point import GROUP, LIMBS
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 
 WARPS = 8
@@ -52,7 +51,6 @@ class Shape(NamedTuple):
       parts: of the update, one or two, whose sum is to be merged into the streams.
       fn: type of the weight of the maps.
       dtype: of operands in fixed point.
-      orders: in which the input's words are written, all of one level.
       programs: that run side by side.
       iterations: of Sinkhorn.
       hc_eps: that is added to shares, and in Sinkhorn.
@@ -65,7 +63,6 @@ class Shape(NamedTuple):
     parts: int
     fn: str
     dtype: str
-    orders: tuple[Order, ...]
     programs: int
     iterations: int
     hc_eps: float
@@ -122,8 +119,7 @@ class Shape(NamedTuple):
     @property
     def written_operands(self) -> tuple[str, ...]:
         """Return names of what is written."""
-        words = (f"x_words{i}" for i in range(len(self.orders)))
-        return "streams", "hc_sums", "x", *words, "x_scale", "post", "mix"
+        return "streams", "hc_sums", "x", "x_words", "x_scale", "post", "mix"
 
     @property
     def merged_row(self) -> int:
@@ -146,11 +142,8 @@ class Shape(NamedTuple):
         return self.sums + self.rows * WARPS * SUMS * 4
 
 
-def serves(
-    streams: int, width: int, rows: int, fn: str, orders: Sequence[Order]
-) -> bool:
+def serves(streams: int, width: int, rows: int, fn: str) -> bool:
     """Say whether programs can be made for such sizes."""
     terms, rest = divmod(width, GROUP * WARPS)
     fits = streams == STREAMS and rows <= MOST_ROWS and terms <= _MOST_TERMS
-    known = fn in ("float16", "float32") and all(order.levels == 1 for order in orders)
-    return fits and known and not rest
+    return fits and fn in ("float16", "float32") and not rest

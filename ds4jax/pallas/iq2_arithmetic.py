@@ -1,95 +1,133 @@
 """What `moe_ptx`'s programs compute of gate and up, in PTX: products, their SwiGLU.
 
 Nothing is converted: codes and signs are nibbles by which `prmt` picks four weights.
+Matrix units multiply them; a lane has groups of two rows of each tile.
 """
 
 from __future__ import annotations
 
+from ds4jax.pallas import matrix_units
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.moe_shape import HALF, ORDER, ROWS, WARPS, Shape
+from ds4jax.pallas.matrix_units import LINES, PARTS
+from ds4jax.pallas.moe_shape import BLOCK, HALF, ORDER, ROWS, WARPS, Shape
 from ds4jax.pallas.moe_slots import tell
-from ds4jax.pallas.ptx import LANES, add_lanes, divide, exponential, number, registers
+from ds4jax.pallas.ptx import (
+    LANES,
+    add_lanes,
+    add_shared,
+    divide,
+    exponential,
+    number,
+    registers,
+)
 from ds4jax.pallas.ptx_fixed_point import fix, store_words
 
+TILES = ROWS // 2
+"""Of matrix units in a task: a lane has two rows of each."""
 
-def read(s: Shape, row: int) -> str:
-    """Read a lane's groups of a row."""
-    (_, grid), (_, signs), (_, d) = s.gated_planes
-    which, line = divmod(row, ROWS // 2)
-    half, line = divmod(line, ROWS // 4)
-    line = which * HALF + line * WARPS
-    own, first = row % 2, row % 2 * s.steps
-    words, flips = (registers(name, first, s.steps) for name in ("grid", "signs"))
-    at = half * s.gated + line * s.groups * 4
-    at_d = half * s.gated + 2 * (grid + signs) + line * (d // HALF)
-    return f"""
-    ld.shared.v{s.steps}.b32 {words}, [at+{at}];
-    ld.shared.v{s.steps}.b32 {flips}, [at+{at + 2 * grid}];
-    ld.shared.b16 half{own}, [at_d+{at_d}];"""
+_SIGNS = "shl.b32 a, {}, 2;", "shl.b32 a, {}, 1;", "mov.b32 a, {};", "shr.u32 a, {}, 1;"
+"""What brings bit j of nibbles, the signs of row j of the grid, to bit 2."""
 
 
-def look_up(s: Shape, own: int, row: int, step: int) -> str:
-    """Look the codes of a group's weights up, and bring their signs into order.
+def _own(turn: int, row: int) -> int:
+    """Return which registers a row has: those of two turns are in use at a time."""
+    return turn % 2 * 2 + row
 
-    Bit j of nibble i of `flip` is then the sign of weight i of row j of the grid.
+
+def find_groups(s: Shape) -> str:
+    """Find where the first half of a task has a lane's groups of its first row.
+
+    A tile's rows are of gate and of up in turn: those of one weight would be in each
+    other's way, for a row's parts take half of the banks of shared memory.
     """
-    group = row % 2 * s.steps + step
-    text = f"""
-    and.b32 a, signs{group}, 0x0FFFFFFF;
-    shl.b32 b, signs{group}, 4;
-    xor.b32 flip{own}, a, b;"""
-    for j in range(4):
+    *_, (_, d) = s.gated_planes
+    return f"""
+    and.b32 a, own_line, 1;
+    mad.lo.u32 at, a, {s.gated // 2}, here;
+    shr.u32 a, own_line, 1;
+    mad.lo.u32 at_d, a, {d // HALF}, at;
+    mad.lo.u32 at, a, {4 * s.groups}, at;
+    mad.lo.u32 b, warp, {PARTS}, own_part;
+    mul.lo.u32 b, b, {s.steps};
+    mad.lo.u32 at, b, 4, at;{divide("b", "b", BLOCK)}
+    mad.lo.u32 at_d, b, 2, at_d;"""
+
+
+def read(s: Shape, tile: int) -> str:
+    """Read a lane's groups of both of its rows of a tile."""
+    (_, grid), (_, signs), (_, d) = s.gated_planes
+    half, of_half = divmod(tile, TILES // 2)
+    text = ""
+    for row in range(2):
+        own, line = _own(tile, row), (2 * of_half + row) * LINES // 2
+        words, flips = (
+            registers(name, own * s.steps, s.steps) for name in ("grid", "signs")
+        )
+        at = half * s.gated + line * s.groups * 4
+        at_d = half * s.gated + grid + signs + line * (d // HALF)
         text += f"""
-    prmt.b32 a, grid{group}, 0, 0x444{j};
-    mad.lo.u32 a, a, {4 * LANES}, lane_table;
-    ld.shared.b32 code{4 * own + j}, [a];"""
+    ld.shared.v{s.steps}.b32 {words}, [at+{at}];
+    ld.shared.v{s.steps}.b32 {flips}, [at+{at + grid}];
+    ld.shared.b16 half{own}, [at_d+{at_d}];"""
     return text
 
 
-def multiply(s: Shape, own: int, row: int, step: int) -> str:
-    """Add the product of a group to the sum of its row."""
-    text = "".join(f"\n    mov.b32 m{limb}, 0;" for limb in range(s.limbs))
-    for j, shift in enumerate(("shl.b32 a, {}, 2;", "shl.b32 a, {}, 1;",
-                               "mov.b32 a, {};", "shr.u32 a, {}, 1;")):  # fmt: skip
-        code = f"code{4 * own + j}"
-        # a & 0x44444444 | code
+def look_up(s: Shape, turn: int, tile: int, step: int) -> str:
+    """Look the codes of a group's weights up, of both rows, and order their signs.
+
+    Bit j of nibble i of `flip` is then the sign of weight i of row j of the grid.
+    """
+    text = ""
+    for row in range(2):
+        group, to = _own(tile, row) * s.steps + step, _own(turn, row)
         text += f"""
-    {shift.format(f"flip{own}")}
-    lop3.b32 {code}, a, 0x44444444, {code}, 0xEA;"""
-        for half in range(2):
-            text += f"\n    prmt.b32 w, positive, negative, {code};"
-            for limb in range(s.limbs):
-                word = 8 * limb + 2 * j + half
-                x = f"x{word * s.steps + step}"
-                text += f"\n    dp4a.s32.s32 m{limb}, w, {x}, m{limb};"
-            if half == 0:
-                text += f"\n    shr.u32 {code}, {code}, 16;"
-    text += f"""
-    shr.u32 times, signs{row % 2 * s.steps + step}, 27;
-    or.b32 times, times, 1;
-    mad.lo.s32 m0, m0, 256, m1;
-    mul.lo.s32 m0, m0, times;
-    cvt.rn.f32.s32 f, m0;"""
-    if s.limbs == 3:
+    and.b32 a, signs{group}, 0x0FFFFFFF;
+    shl.b32 b, signs{group}, 4;
+    xor.b32 flip{to}, a, b;"""
+        for j in range(4):
+            text += f"""
+    prmt.b32 a, grid{group}, 0, 0x444{j};
+    mad.lo.u32 a, a, {4 * LANES}, lane_table;
+    ld.shared.b32 code{4 * to + j}, [a];"""
+    return text
+
+
+def multiply(s: Shape, turn: int, tile: int, step: int) -> str:
+    """Add the products of a group of both rows to their sums."""
+    text = ""
+    for j, signs in enumerate(_SIGNS):
+        for row in range(2):
+            own, word = _own(turn, row), 8 * row + 2 * j
+            code = f"code{4 * own + j}"
+            # a & 0x44444444 | code
+            text += f"""
+    {signs.format(f"flip{own}")}
+    lop3.b32 {code}, a, 0x44444444, {code}, 0xEA;
+    prmt.b32 w{word}, positive, negative, {code};
+    shr.u32 {code}, {code}, 16;
+    prmt.b32 w{word + 1}, positive, negative, {code};"""
+    x = [8 * (i * s.steps + step) for i, _ in enumerate(matrix_units.held(s.limbs))]
+    text += matrix_units.multiply("s8", 8, (0, 8), x)
+    for row in range(2):
+        own, to = _own(tile, row), f"sum{2 * tile + row}"
         text += f"""
-    mul.lo.s32 m2, m2, times;
-    cvt.rn.f32.s32 g, m2;
-    fma.rn.f32 f, f, {number(256.0)}, g;"""
-    if step == 0:
-        text += f"\n    mul.rn.f32 sum{row}, f, scale0;"
-    else:
-        text += f"\n    fma.rn.f32 sum{row}, f, scale{step}, sum{row};"
-    if step == s.steps - 1:
-        text += f"""
-    cvt.f32.f16 d, half{row % 2};
-    mul.rn.f32 sum{row}, sum{row}, d;"""
+    shr.u32 times, signs{own * s.steps + step}, 27;
+    or.b32 times, times, 1;"""
+        text += matrix_units.to_float(s.limbs, row)
+        if step == 0:
+            text += f"\n    mul.rn.f32 {to}, f, scale0;"
+        else:
+            text += f"\n    fma.rn.f32 {to}, f, scale{step}, {to};"
+        if step == s.steps - 1:
+            text += f"""
+    cvt.f32.f16 d, half{own};
+    mul.rn.f32 {to}, {to}, d;"""
     return text
 
 
 def activate(s: Shape) -> str:
-    """Leave the SwiGLU of a row of gate, in the lower lanes, and of up in `sum0`."""
+    """Leave in `sum0` the SwiGLU of what is there, of gate, and of `g`, of up."""
     text = f"""
-    shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;
     min.f32 sum0, sum0, {number(s.limit)};
     min.f32 g, g, {number(s.limit)};
     max.f32 g, g, {number(-s.limit)};"""
@@ -106,12 +144,15 @@ def activate(s: Shape) -> str:
 def finish(s: Shape) -> str:
     """Write the group of a task in fixed point, and count it."""
     levels = ORDER.levels
-    text = f"""
-    and.b32 a, number, 1;
-    mad.lo.u32 a, a, {s.exchanged}, shared;
-    mad.lo.u32 a, lane, 4, a;
-    ld.shared.f32 f, [a+{s.values}];""" + tell(s.read, "number")
-    text += fix(s.dtype)
+    text = "\n    mad.lo.u32 a, lane, 4, shared;"
+    text += add_shared("sum0", "f", "a", s.values, WARPS, 8 * GROUP)
+    text += add_shared("g", "f", "a", s.values + 4 * GROUP, WARPS, 8 * GROUP)
+    text += tell(s.read, "number")
+    # Weights were multiplied by eight times their scale, a whole number.
+    text += f"""
+    mul.rn.f32 sum0, sum0, {number(1 / 8)};
+    mul.rn.f32 g, g, {number(1 / 8)};"""
+    text += activate(s) + "\n    mov.f32 f, sum0;" + fix(s.dtype)
     text += f"""
     and.b32 a, tile, {levels - 1};{divide("b", "tile", levels)}
     mad.lo.u32 to, a, {s.tiles // levels}, b;

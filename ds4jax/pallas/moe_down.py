@@ -7,6 +7,7 @@ turn comes while other programs still multiply gate and up.
 
 from __future__ import annotations
 
+from ds4jax.pallas import matrix_units
 from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.down_arithmetic import (
     add_experts,
@@ -15,8 +16,9 @@ from ds4jax.pallas.down_arithmetic import (
     read_shexp,
 )
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.moe_shape import DOWN_ROWS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, divide, number, store_row, wait
+from ds4jax.pallas.matrix_units import LINES, PARTS
+from ds4jax.pallas.moe_shape import DOWN_ROWS, ORDER, WARPS, Shape
+from ds4jax.pallas.ptx import LANES, add_shared, add_up, divide, number, store_row, wait
 
 
 def down(s: Shape) -> str:
@@ -35,7 +37,7 @@ SHEXP:"""
         + read_shexp(s)
         + multiply_shexp(s)
         + add_up(DOWN_ROWS)
-        + _store(s, "to_shexp")
+        + _store_shexp(s)
         + f"""
     add.u32 own_row, own_row, 1;
     setp.lt.u32 p, own_row, {s.rows};
@@ -44,8 +46,9 @@ SHEXP:"""
         + """
     add.u32 number, number, 1;
     mov.u32 own_row, 0;
-    mov.u32 pair, 0;
-ROW:"""
+    mov.u32 pair, 0;"""
+        + matrix_units.clear(s.limbs, 4 * ORDER.levels)
+        + "\nROW:"
         + "".join(f"\n    mov.f32 sum{row}, {number(0.0)};" for row in range(DOWN_ROWS))
         + "\nEXPERTS:"
         + read_shares(s)
@@ -60,8 +63,8 @@ ROW:"""
     rem.u32 a, pair, {s.each};
     setp.ne.u32 p, a, 0;
     @p bra EXPERTS;"""
-        + add_up(DOWN_ROWS)
-        + _store(s, "to_routed")
+        + add_up(DOWN_ROWS, PARTS)
+        + _store_routed(s)
         + f"""
     add.u32 own_row, own_row, 1;
     setp.lt.u32 p, own_row, {s.rows};
@@ -71,7 +74,7 @@ ROW:"""
     )
 
 
-def _store(s: Shape, operand: str) -> str:
+def _store_shexp(s: Shape) -> str:
     """Write the sums of a warp's rows, for copies of the last row too."""
     each = LANES // DOWN_ROWS
     text = divide("a", "lane", each)
@@ -79,8 +82,33 @@ def _store(s: Shape, operand: str) -> str:
     mad.lo.u32 a, warp, {DOWN_ROWS}, a;
     mad.lo.u32 a, block, {GROUP}, a;
     mad.lo.u32 a, own_row, {s.out}, a;
-    mov.b64 base, %{operand};
+    mov.b64 base, %to_shexp;
     mad.wide.u32 address, a, 4, base;
     and.b32 a, lane, {each - 1};
     setp.eq.u32 p, a, 0;"""
     return text + store_row("sum0", "p", "own_row", s.rows, s.copied_rows, 4 * s.out)
+
+
+def _store_routed(s: Shape) -> str:
+    """Add up what warps have of a row, by two buffers in turn, and write that too."""
+    text = f"""
+    add.u32 b, shared, buffer;
+    xor.b32 buffer, buffer, {s.exchanged};
+    mad.lo.u32 a, warp, {GROUP}, own_line;
+    mad.lo.u32 a, own_part, {LINES}, a;
+    mad.lo.u32 a, a, 4, b;
+    st.shared.f32 [a+{s.values}], sum0;"""
+    text += s.place.meet(WARPS)
+    text += """
+    setp.ne.u32 p, warp, 0;
+    @p bra STORED;
+    mad.lo.u32 b, lane, 4, b;"""
+    text += add_shared("sum0", "f", "b", s.values, WARPS, 4 * GROUP)
+    text += f"""
+    mad.lo.u32 a, block, {GROUP}, lane;
+    mad.lo.u32 a, own_row, {s.out}, a;
+    mov.b64 base, %to_routed;
+    mad.wide.u32 address, a, 4, base;
+    setp.eq.u32 p, lane, lane;"""
+    text += store_row("sum0", "p", "own_row", s.rows, s.copied_rows, 4 * s.out)
+    return text + "\nSTORED:"

@@ -10,10 +10,8 @@ weights of down are in place when hidden values are.  None of that can be said t
 Triton.
 
 On an H200 streams, router, six experts of 2048 x 4096 and the shared one take one row
-31.0 us, two rows 44.5.  In a pass it is 30 to 33, where it was 34 with the streams read
-before it, and 39 by launches for the router, the choice, the shared expert's gate and
-up, and then all else in PTX.  A third of it are products by `dp4a`, if that takes four
-cycles a warp (benchmarks/NOTES.md).
+29.4 us, two rows 42.5, four 72; with the routed experts' products by `dp4a`, not on
+matrix units, 30.4, 45.5 and 76.
 
 No two of these launches may run side by side: each has all its programs wait for each
 other, so that they have to have the multiprocessors for themselves.
@@ -27,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from ds4jax.pallas import hc_ptx, iq2_xxs, ptx
-from ds4jax.pallas.experts import FORMATS, Experts, packed
+from ds4jax.pallas.experts import Experts, packed
 from ds4jax.pallas.fixed_point import GROUP, Order, shapes
 from ds4jax.pallas.hyper_connection import Reading
 from ds4jax.pallas.matmul import is_q8_0
@@ -50,9 +48,6 @@ _ROUTED = ["IQ2_XXS", "IQ2_XXS", "Q2_K"]
 
 _GATED = "grid", "signs", "d"
 """Planes of gate and up."""
-
-ORDERS = Order(), FORMATS["IQ2_XXS"].order
-"""Of the rows in fixed point: that of the shared expert, and the others'."""
 
 
 def programs(
@@ -105,7 +100,7 @@ def serves(
         return False
     if packed(shared)[0].shape[0] != HIDDEN or experts % LOGITS:
         return False
-    if not hc_ptx.serves(reading, ORDERS):
+    if not hc_ptx.serves(reading):
         return False
     rows = len(reading.streams)
     found = shape(rows, reading, router, out, 0.0, programs)
@@ -179,7 +174,7 @@ def shape(
       limit: of the SwiGLU.
       width, reading, router, programs: as they are.
     """
-    hc = hc_ptx.shape(reading, ORDERS, width, programs)
+    hc = hc_ptx.shape(reading, width, programs)
     routing = Routing(
         router.weight.shape[0], router.bias is None, router.scale, router.smallest
     )

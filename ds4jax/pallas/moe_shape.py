@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 
 from ds4jax.pallas import hc_shape
 from ds4jax.pallas.fixed_point import GROUP, LIMBS, Order
+from ds4jax.pallas.matrix_units import LINES
 from ds4jax.pallas.ptx import LANES, Place
 from ds4jax.pallas.ptx_fixed_point import APART, Counter
 
@@ -27,7 +28,10 @@ _WRITTEN = (
 """
 
 WARPS = 8
-"""Of a program, that multiply: a thread for each entry of the table."""
+"""Of a program, that multiply: a thread for each entry of the table.
+
+As many as LINES, so that a row has as many parts as a warp has lanes.
+"""
 
 SERVICE = 4
 """Warps that serve those: the first has weights copied, the others choose experts."""
@@ -40,23 +44,26 @@ THREADS = (WARPS + SERVICE) * LANES
 BLOCK = 8
 """Groups that share a `d`."""
 
-ROWS = 2 * GROUP // WARPS
-"""That a warp multiplies of gate and up, every WARPS-th, those of gate before up's."""
+ROWS = 2 * GROUP // LINES
+"""Of a task of gate and up that a lane multiplies: a part of each."""
 
 HALF = GROUP // 2
 """Rows of gate, and of up, that are copied together."""
 
-EACH = LANES // ROWS
-"""Lanes that the sum of one of those rows is left with."""
+SKEW = 64
+"""Bytes between gate and up, and after them: half of the banks of shared memory."""
 
 DOWN_ROWS = GROUP // WARPS
-"""That a warp multiplies of a weight of down."""
+"""Of a block of down that a lane has sums of.
+
+Of the shared expert's those of its warp; of the others' every LINES-th, a part of each.
+"""
 
 TABLE = WARPS * LANES * LANES * 4
 """Bytes of the table."""
 
 HIDDEN = 2048
-"""Hidden values of an expert: each lane has a chunk of 64, in Q2_K 16 bytes."""
+"""Hidden values of an expert: for each part a chunk of 64, in Q2_K 16 bytes."""
 
 ORDER = Order(levels=4)
 """Of the routed experts' hidden values, as Q2_K is read."""
@@ -208,8 +215,8 @@ class Shape(NamedTuple):
 
     @property
     def gated(self) -> int:
-        """Return the bytes of half a task: its planes, each of gate before up's."""
-        return 2 * sum(size for _, size in self.gated_planes)
+        """Return the bytes of half a task: gate's planes and up's, SKEW after each."""
+        return 2 * (sum(size for _, size in self.gated_planes) + SKEW)
 
     @property
     def shexp_gated_planes(self) -> tuple[tuple[str, int], ...]:
@@ -282,13 +289,16 @@ class Shape(NamedTuple):
 
     @property
     def values(self) -> int:
-        """Return where the values of two tasks of gate and up are exchanged."""
+        """Return where warps exchange values, by two buffers in turn.
+
+        What they have of a task of the routed experts' gate and up takes both.
+        """
         return self.staged + 2 * self.stage
 
     @property
     def exchanged(self) -> int:
-        """Return the bytes of a task's values."""
-        return 4 * max(GROUP, self.rows * WARPS)
+        """Return the bytes of one: of each warp GROUP values, more than rows are."""
+        return 4 * WARPS * GROUP
 
     @property
     def logits(self) -> int:

@@ -58,7 +58,7 @@ def _read_row(s: Shape) -> str:
     add.u32 b, a, own_half;
     xor.b32 c, own_half, {GROUP // 2};
     add.u32 c, a, c;
-    mov.b64 base, %x_words0;
+    mov.b64 base, %x_words;
     mad.wide.u32 address, b, 1, base;
     mad.wide.u32 base, c, 1, base;"""
     for limb in range(s.limbs):
@@ -119,7 +119,9 @@ SHEXP_UP_GATE:
     setp.ne.u32 p, turn, 0;
     mov.u32 turn, 0;
     @p bra SHEXP_UP_GATE;"""
-    return text + add_up(2) + activate(s)
+    text += add_up(2)
+    text += f"\n    shfl.sync.down.b32 g, sum0, {LANES // 2}, 31, 0xffffffff;"
+    return text + activate(s)
 
 
 def write_gated(s: Shape) -> str:
@@ -134,11 +136,11 @@ def write_gated(s: Shape) -> str:
     mad.lo.u32 b, tile, {WARPS}, b;
     mov.b64 base, %shexp_hidden;
     mad.wide.u32 address, b, 4, base;
-    setp.lt.u32 lower, lane, {WARPS};"""
+    setp.lt.u32 p, lane, {WARPS};"""
         + "".join(
             f"""
     ld.shared.f32 f, [a+{s.values + 4 * WARPS * row}];
-    @lower st.global.f32 [address+{4 * HIDDEN * row}], f;"""
+    @p st.global.f32 [address+{4 * HIDDEN * row}], f;"""
             for row in range(s.rows)
         )
         + slots.tell(s.read, "number")

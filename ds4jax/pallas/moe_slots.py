@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ds4jax.pallas.fixed_point import GROUP
-from ds4jax.pallas.moe_shape import HALF, HIDDEN, TABLE, WARPS, Shape
-from ds4jax.pallas.ptx import arrive, copy, wait
+from ds4jax.pallas.moe_shape import HALF, HIDDEN, SKEW, TABLE, WARPS, Shape
+from ds4jax.pallas.ptx import Piece, arrive, copy, wait
 
 
 def wait_for(label: str, barrier: int, task: str, ago: int = 0) -> str:
@@ -68,10 +68,11 @@ def each_shexp_task(s: Shape, label: str, body: str) -> str:
 
 def copy_gated(s: Shape) -> str:
     """Copy gate and up of `expert` for `tile`."""
+    last, _ = s.gated_planes[-1]
     pieces = [
-        (f"{weight}_{name}", "c", own // HALF, own)
-        for name, own in s.gated_planes
+        Piece(f"{weight}_{name}", "c", own // HALF, own, SKEW if name == last else 0)
         for weight in ("gate", "up")
+        for name, own in s.gated_planes
     ]
     return f"""
     mul.lo.u32 c, tile, {GROUP};
@@ -84,7 +85,7 @@ def copy_shexp_gated(s: Shape, between: str) -> str:
     """Copy task `tile` of the shared expert's gate, do what is between, and copy up."""
     gate, up = (
         [
-            (f"shexp_{weight}_{name}", "c", size // WARPS, size)
+            Piece(f"shexp_{weight}_{name}", "c", size // WARPS, size)
             for name, size in s.shexp_gated_planes
         ]
         for weight in ("gate", "up")
@@ -96,7 +97,8 @@ def copy_shexp_gated(s: Shape, between: str) -> str:
 def copy_shexp(s: Shape) -> str:
     """Copy `block` of the shared expert's down."""
     quants, d = (
-        (f"shexp_{name}", "c", size // GROUP, size) for name, size in s.shexp_planes
+        Piece(f"shexp_{name}", "c", size // GROUP, size)
+        for name, size in s.shexp_planes
     )
     return f"""
     mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [quants], "", [d])
@@ -109,7 +111,7 @@ def copy_experts(s: Shape) -> str:
     for expert in chosen:
         text += f"\n    mad.lo.u32 {expert}, {expert}, {s.out}, c;"
     pieces = [
-        (name, expert, size // GROUP, size)
+        Piece(name, expert, size // GROUP, size)
         for expert in chosen
         for name, size in s.down_planes
     ]
@@ -119,16 +121,16 @@ def copy_experts(s: Shape) -> str:
 
 def copy_hidden(s: Shape) -> str:
     """Copy the hidden values of a task, `stage`: of experts from `pair` on."""
-    pieces = [(name, "pair", size, s.at_once * size) for name, size in s.hidden]
+    pieces = [Piece(name, "pair", size, s.at_once * size) for name, size in s.hidden]
     return _next("stage", s.arrived, s.stage, s.staged) + copy("to", pieces)
 
 
 def _halves(
     s: Shape,
     label: str,
-    first: Sequence[tuple[str, str, int, int]],
+    first: Sequence[Piece],
     between: str,
-    second: Sequence[tuple[str, str, int, int]],
+    second: Sequence[Piece],
 ) -> str:
     """Copy the weights of task `number`, one half after the other.
 

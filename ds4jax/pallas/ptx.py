@@ -31,6 +31,24 @@ Of the 227 KB that there are, one launches no longer with more than this.
 """
 
 
+class Piece(NamedTuple):
+    """What the copy engine brings by one instruction.
+
+    Attributes:
+      operand: of which it is a part.
+      index: register of the number of its first item.
+      item: bytes of an item.
+      nbytes: of the piece.
+      gap: bytes that are left out after it.
+    """
+
+    operand: str
+    index: str
+    item: int
+    nbytes: int
+    gap: int = 0
+
+
 class Place(NamedTuple):
     """Where a launch has room for what programs share.
 
@@ -157,24 +175,23 @@ def arrive(barrier: int) -> str:
     @first mbarrier.arrive.shared::cta.b64 _, [bar+{barrier}];"""
 
 
-def copy(to: str, pieces: Sequence[tuple[str, str, int, int]]) -> str:
+def copy(to: str, pieces: Sequence[Piece]) -> str:
     """Have the first lane copy pieces one after the other, for the phase of `bar`.
 
     Args:
       to: register of the place in shared memory, which is moved on.
-      pieces: each an operand, the register of an index, the bytes of an item, and the
-        piece's.
+      pieces: in their order there.
     """
     start = "@first cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    size = sum(own for *_, own in pieces)
+    size = sum(piece.nbytes for piece in pieces)
     text = f"""
     @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {size};"""
-    for operand, index, item, own in pieces:
+    for piece in pieces:
         text += f"""
-    mov.b64 base, %{operand};
-    mad.wide.u32 address, {index}, {item}, base;
-    {start} [{to}], [address], {own}, [bar];
-    add.u32 {to}, {to}, {own};"""
+    mov.b64 base, %{piece.operand};
+    mad.wide.u32 address, {piece.index}, {piece.item}, base;
+    {start} [{to}], [address], {piece.nbytes}, [bar];
+    add.u32 {to}, {to}, {piece.nbytes + piece.gap};"""
     return text
 
 
@@ -249,13 +266,15 @@ def add_shared(to: str, other: str, at: str, place: int, count: int, apart: int)
     return text
 
 
-def add_up(rows: int) -> str:
-    """Add up the lanes' sums of rows, a power of two: a lane is left with one, `sum0`.
+def add_up(rows: int, lanes: int = LANES) -> str:
+    """Add up sums of rows, of lanes that follow each other, both powers of two.
 
-    The sum of row i is that of the i-th of as many parts of the warp.
+    Of as many rows as lanes or less a lane is left with one, `sum0`: that of row i is
+    with the i-th of as many parts of these lanes.  Of more each is left with as many
+    that follow each other.
     """
-    text, live, bit = "", list(range(rows)), LANES // 2
-    while len(live) > 1:
+    text, live, bit = "", list(range(rows)), lanes // 2
+    while len(live) > 1 and bit:
         half = len(live) // 2
         text += f"""
     and.b32 a, lane, {bit};

@@ -112,12 +112,12 @@ def dot(kind: str, words: Sequence[str], starts: Sequence[int]) -> str:
     return text + "\n    mad.lo.s32 m0, m0, 256, m1;"
 
 
-def to_float(limbs: int) -> str:
-    """Leave in `f` what sums are: `m0` of the first two limbs and `m2` of the third."""
-    text = "\n    cvt.rn.f32.s32 f, m0;"
+def to_float(limbs: int, both: str = "m0", third: str = "m2") -> str:
+    """Leave in `f` what registers are: of the first two limbs, and of the third."""
+    text = f"\n    cvt.rn.f32.s32 f, {both};"
     if limbs == 3:
         text += f"""
-    cvt.rn.f32.s32 g, m2;
+    cvt.rn.f32.s32 g, {third};
     fma.rn.f32 f, f, {number(256.0)}, g;"""
     return text
 

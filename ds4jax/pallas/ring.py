@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ds4jax.pallas.ptx import copy, wait
+from ds4jax.pallas.ptx import Piece, copy, wait
 
 AHEAD = 2
 """Tasks whose weights are on their way at a time.
@@ -78,7 +78,7 @@ class Ring(NamedTuple):
     mov.u32 old, 0;
     mov.u32 old_phase, 0;"""
 
-    def copy(self, name: str, pieces: Sequence[tuple[str, str, int, int]]) -> str:
+    def copy(self, name: str, pieces: Sequence[Piece]) -> str:
         """Have the first lane copy a task's weights to the next slot, as there is room.
 
         No more than AHEAD are on their way: what else a multiprocessor asks memory for

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from ds4jax.pallas import attend_program
 from ds4jax.pallas.ptx import (
+    Piece,
     arrive,
     begin,
     bind,
@@ -199,7 +200,7 @@ COPY{number}:
     setp.ge.u32 p, task, last;
     @p bra COPIES{number};"""
     sizes = ("quants", QUANTS), ("d", SLOT - QUANTS)
-    pieces = [(f"{weight.name}_{n}", "task", size, size) for n, size in sizes]
+    pieces = [Piece(f"{weight.name}_{n}", "task", size, size) for n, size in sizes]
     return (
         text
         + s.ring.copy(f"{number}", pieces)
