@@ -11,7 +11,7 @@ from ds4jax.pallas import matrix_units
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.matrix_units import LINES, PARTS
 from ds4jax.pallas.moe_shape import DOWN_ROWS, HIDDEN, ORDER, Shape
-from ds4jax.pallas.ptx import LANES, number, registers
+from ds4jax.pallas.ptx import LANES, add_product, number, registers
 from ds4jax.pallas.ptx_fixed_point import dot, to_float
 
 _CHUNKS = HIDDEN // (16 * LANES)
@@ -74,7 +74,7 @@ SHEXP_ROWS:"""
             text += dot("s32", words, starts) + to_float(s.limbs)
             text += f"""
     cvt.f32.f16 d, half0;
-    mul.rn.f32 d, d, scale{chunk};""" + _add(f"value{row}", "f", "d", chunk == 0)
+    mul.rn.f32 d, d, scale{chunk};""" + add_product(f"value{row}", "f", "d", chunk == 0)
     steps = ("at", _AT_ONCE * HIDDEN), ("at_d", _AT_ONCE * 2 * _GROUPS)
     return text + _next_rows("SHEXP_ROWS", *steps)
 
@@ -210,13 +210,13 @@ def _multiply(s: Shape) -> str:
     and.b32 times, packed{row}, 0x0F0F0F0F;
     prmt.b32 times, times, 0, 0x444{level};"""
             text += matrix_units.to_float(s.limbs, row)
-            text += _add(f"product{row}", "f", f"scale{level}", level == 0)
+            text += add_product(f"product{row}", "f", f"scale{level}", level == 0)
             text += f"""
     and.b32 least, packed{row}, 0xF0F0F0F0;
     prmt.b32 least, least, exponent, 0x754{level};
     mov.b32 g, least;
     add.rn.f32 g, g, {number(-(2.0**19))};"""
-            text += _add(f"minimum{row}", "g", f"half_sum{level}", level == 0)
+            text += add_product(f"minimum{row}", "g", f"half_sum{level}", level == 0)
     for row in range(_AT_ONCE):
         text += f"""
     cvt.f32.f16 d, half{2 * row};
@@ -225,9 +225,3 @@ def _multiply(s: Shape) -> str:
     neg.f32 d, d;
     fma.rn.f32 product{row}, minimum{row}, d, product{row};"""
     return text
-
-
-def _add(to: str, value: str, times: str, is_first: bool) -> str:
-    if is_first:
-        return f"\n    mul.rn.f32 {to}, {value}, {times};"
-    return f"\n    fma.rn.f32 {to}, {value}, {times}, {to};"

@@ -14,6 +14,7 @@ from ds4jax.pallas.moe_slots import tell
 from ds4jax.pallas.ptx import (
     LANES,
     add_lanes,
+    add_product,
     add_shared,
     divide,
     exponential,
@@ -114,10 +115,7 @@ def multiply(s: Shape, turn: int, tile: int, step: int) -> str:
     shr.u32 times, signs{own * s.steps + step}, 27;
     or.b32 times, times, 1;"""
         text += matrix_units.to_float(s.limbs, row)
-        if step == 0:
-            text += f"\n    mul.rn.f32 {to}, f, scale0;"
-        else:
-            text += f"\n    fma.rn.f32 {to}, f, scale{step}, {to};"
+        text += add_product(to, "f", f"scale{step}", step == 0)
         if step == s.steps - 1:
             text += f"""
     cvt.f32.f16 d, half{own};

@@ -10,7 +10,7 @@ from ds4jax.pallas import moe_slots as slots
 from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.iq2_arithmetic import activate
 from ds4jax.pallas.moe_shape import HIDDEN, WARPS, Shape
-from ds4jax.pallas.ptx import LANES, add_up, divide, number, registers
+from ds4jax.pallas.ptx import LANES, add_product, add_up, divide, number, registers
 from ds4jax.pallas.ptx_fixed_point import dot, fix, store_words, to_float
 
 
@@ -108,10 +108,7 @@ SHEXP_UP_GATE:
         text += f"""
     cvt.f32.f16 d, half0;
     mul.rn.f32 d, d, scale{step};"""
-        if step:
-            text += "\n    fma.rn.f32 sum0, f, d, sum0;"
-        else:
-            text += "\n    mul.rn.f32 sum0, f, d;"
+        text += add_product("sum0", "f", "d", step == 0)
     text += """
     sub.u32 at, at, turn;
     sub.u32 at_words, at_words, turn;

@@ -240,6 +240,13 @@ def add_lanes(value: str, other: str, bit: int) -> str:
     add.rn.f32 {value}, {value}, {other};"""
 
 
+def add_product(to: str, value: str, times: str, is_first: bool) -> str:
+    """Add a product to a sum, which the first one is itself."""
+    if is_first:
+        return f"\n    mul.rn.f32 {to}, {value}, {times};"
+    return f"\n    fma.rn.f32 {to}, {value}, {times}, {to};"
+
+
 def exponential(to: str, value: str, sign: int = 1) -> str:
     """Leave e to the power of a value, or of its negative."""
     return f"""
