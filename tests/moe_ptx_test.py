@@ -148,6 +148,7 @@ def expected(x: np.ndarray, dtype: str, each: int, hashed: bool) -> list[np.ndar
         ("float32", 2048, 2, 1, 2, True, 0),
         ("bfloat16", 4096, 1, 1, 3, False, 0),
         ("bfloat16", 2048, 1, 3, 5, False, 6),
+        ("bfloat16", 2048, 1, 3, 5, False, 21),
     ],
 )
 def test_programs_compute_what_experts_give(
@@ -156,8 +157,9 @@ def test_programs_compute_what_experts_give(
     """Seen red with the first row's activations for all, or another limb's.
 
     And with activations not cleared before either weight, without the wait for values
-    to be read, and with sums of down put together without a wait, or in one buffer,
-    for which it takes the turns of the last case.
+    to be read, and with sums of down put together without a wait.  It takes the turns
+    of the last two cases for sums in one buffer, and for values of which only those of
+    the task before the last have to be read.
     """
     found = run(dtype, width, each, rows, programs, hashed, seed)
     hc.assert_near(found, hc.expected(reading(dtype, width)), rows)

@@ -74,23 +74,32 @@ SHEXP:"""
     )
 
 
-def _store_shexp(s: Shape) -> str:
-    """Write the sums of a warp's rows, for copies of the last row too."""
-    each = LANES // DOWN_ROWS
-    text = divide("a", "lane", each)
-    text += f"""
-    mad.lo.u32 a, warp, {DOWN_ROWS}, a;
+def _store(s: Shape, operand: str) -> str:
+    """Write `sum0` of lanes with `p`, of row `a` of the block.
+
+    For copies of the last row of activations too.
+    """
+    text = f"""
     mad.lo.u32 a, block, {GROUP}, a;
     mad.lo.u32 a, own_row, {s.out}, a;
-    mov.b64 base, %to_shexp;
-    mad.wide.u32 address, a, 4, base;
-    and.b32 a, lane, {each - 1};
-    setp.eq.u32 p, a, 0;"""
+    mov.b64 base, %{operand};
+    mad.wide.u32 address, a, 4, base;"""
     return text + store_row("sum0", "p", "own_row", s.rows, s.copied_rows, 4 * s.out)
 
 
+def _store_shexp(s: Shape) -> str:
+    """Write the sums of a warp's rows."""
+    each = LANES // DOWN_ROWS
+    text = f"""
+    and.b32 a, lane, {each - 1};
+    setp.eq.u32 p, a, 0;"""
+    text += divide("a", "lane", each)
+    text += f"\n    mad.lo.u32 a, warp, {DOWN_ROWS}, a;"
+    return text + _store(s, "to_shexp")
+
+
 def _store_routed(s: Shape) -> str:
-    """Add up what warps have of a row, by two buffers in turn, and write that too."""
+    """Add up what warps have of rows, by two buffers in turn, and write that."""
     text = f"""
     add.u32 b, shared, buffer;
     xor.b32 buffer, buffer, {s.exchanged};
@@ -104,11 +113,8 @@ def _store_routed(s: Shape) -> str:
     @p bra STORED;
     mad.lo.u32 b, lane, 4, b;"""
     text += add_shared("sum0", "f", "b", s.values, WARPS, 4 * GROUP)
-    text += f"""
-    mad.lo.u32 a, block, {GROUP}, lane;
-    mad.lo.u32 a, own_row, {s.out}, a;
-    mov.b64 base, %to_routed;
-    mad.wide.u32 address, a, 4, base;
+    text += """
+    mov.u32 a, lane;
     setp.eq.u32 p, lane, lane;"""
-    text += store_row("sum0", "p", "own_row", s.rows, s.copied_rows, 4 * s.out)
+    text += _store(s, "to_routed")
     return text + "\nSTORED:"

@@ -144,8 +144,7 @@ GATED:"""
         text
         + next_task(s)
         + add_up(ROWS, PARTS)
-        + "\n    sub.u32 before, number, 1;"
-        + slots.wait_for("VALUES_READ", s.read, "before")
+        + slots.wait_for("VALUES_READ", s.read, "number", 1)
         + f"""
     mad.lo.u32 b, warp, {8 * GROUP}, shared;
     and.b32 a, own_line, 1;

@@ -16,15 +16,15 @@ from ds4jax.pallas.ptx import Piece, arrive, copy, wait
 def wait_for(label: str, barrier: int, task: str, ago: int = 0) -> str:
     """Wait for what a task had to wait for, or the task `ago` before it.
 
-    Two before the first ones there is nothing to wait for: a new barrier is in phase 0,
-    as if phase 1 had ended.
+    Before the first two there is nothing to wait for: a new barrier is in phase 0, as
+    if phase 1 had ended.
     """
     return f"""
-    and.b32 a, {task}, 1;
+    sub.u32 before, {task}, {ago};
+    and.b32 a, before, 1;
     mad.lo.u32 bar, a, 8, shared;
     add.u32 bar, bar, {barrier};
-    shr.u32 phase, {task}, 1;
-    sub.u32 phase, phase, {ago // 2};
+    shr.u32 phase, before, 1;
     and.b32 phase, phase, 1;""" + wait(label, "bar", "phase")
 
 
@@ -138,8 +138,7 @@ def _halves(
     queued behind it.
     """
     return (
-        "\n    sub.u32 before, number, 1;"
-        + wait_for(f"{label}_BEFORE", s.copied + 16, "before")
+        wait_for(f"{label}_BEFORE", s.copied + 16, "number", 1)
         + _next("number", s.copied, s.slot, TABLE)
         + copy("to", first)
         + between
