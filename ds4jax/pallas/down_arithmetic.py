@@ -54,6 +54,7 @@ def read_shexp(s: Shape) -> str:
 
 def multiply_shexp(s: Shape) -> str:
     """Multiply a warp's rows of a block by them."""
+    (_, behind_d), _ = s.shexp_planes
     text = f"""
     mad.lo.u32 at, warp, {DOWN_ROWS * HIDDEN}, here;
     mad.lo.u32 at, lane, 16, at;
@@ -65,8 +66,8 @@ SHEXP_ROWS:"""
     words = [f"q{i}" for i in range(4)]
     for row in range(_AT_ONCE):
         for chunk in range(_CHUNKS):
-            at = row * HIDDEN + chunk * 16 * LANES
-            at_d = GROUP * HIDDEN + 2 * row * _GROUPS + chunk * LANES
+            at = behind_d + row * HIDDEN + chunk * 16 * LANES
+            at_d = 2 * row * _GROUPS + chunk * LANES
             text += f"""
     ld.shared.v4.b32 {registers("q", 0, 4)}, [at+{at}];
     ld.shared.b16 half0, [at_d+{at_d}];"""

@@ -236,7 +236,7 @@ class Shape(NamedTuple):
     @property
     def shexp_planes(self) -> tuple[tuple[str, int], ...]:
         """Return the planes of a block of the shared expert's down, and their bytes."""
-        return ("quants", GROUP * HIDDEN), ("d", HIDDEN * 2)
+        return ("d", HIDDEN * 2), ("quants", GROUP * HIDDEN)
 
     @property
     def shexp(self) -> int:

@@ -96,12 +96,14 @@ def copy_shexp_gated(s: Shape, between: str) -> str:
 
 def copy_shexp(s: Shape) -> str:
     """Copy `block` of the shared expert's down."""
-    quants, d = (
+    d, quants = (
         Piece(f"shexp_{name}", "c", size // GROUP, size)
         for name, size in s.shexp_planes
     )
+    half = quants._replace(nbytes=quants.nbytes // 2)
+    next_rows = f"\n    add.u32 c, c, {HALF};"
     return f"""
-    mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [quants], "", [d])
+    mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [d, half], next_rows, [half])
 
 
 def copy_experts(s: Shape) -> str:
