@@ -37,6 +37,7 @@ from ds4jax.pallas import (
     compressor,
     hyper_connection,
     indexer,
+    kept_row,
     router,
 )
 from ds4jax.pallas.fixed_point import LIMBS, cut, fix, power_above, unit
@@ -257,6 +258,25 @@ def state(layer: int, context: int, name: str) -> cache.CompressorCache:
     return jax.tree.map(lambda array: normal(7, *array.shape), empty)
 
 
+def kept() -> Case:
+    """Return the case of the row that attention keeps, behind its projection."""
+
+    def draw():
+        row = normal(0, 1, DECODE_ROWS, CONFIG.head_dim)
+        ring = normal(1, 1, CONFIG.window + cache.DEFAULT_SLACK, CONFIG.head_dim)
+        return weights(DENSE, "attn_kv_a_norm"), row, ring, place(SHORT)
+
+    def run(width, own, row, ring, start):
+        before = cache.LayerCache(ring)
+        rows = decode_rows(start, width)
+        return dense_attention(own).append(row, before, rows)[1]
+
+    def nbytes(width, own, row, ring, start):
+        return 2 * width * CONFIG.head_dim * FLOAT
+
+    return part(kept_row, "window", draw, run, nbytes, donated=(2,))
+
+
 def compressed(what: str, layer: int, name: str, start: int) -> Case:
     """Return the case of a compressor, behind its projections.
 
@@ -335,6 +355,7 @@ CASES = [
     *(attended(attention, f"attend, {what}", *sizes) for what, sizes in ATTENDED),
     *(attended(attn_out, f"output, {what}", *sizes) for what, sizes in ATTENDED),
     routed(),
+    kept(),
     *(
         compressed(f"{what} {ratio}x{size}", layer, name, start)
         for what, ratio, size, layer, name in (

@@ -23,6 +23,8 @@ from ds4jax.model.cache import (
     blank_invisible,
     extend,
     extend_tags,
+    look_at,
+    overwrite,
 )
 from ds4jax.model.compressor import Compressor, finished
 from ds4jax.model.indexer import Indexer
@@ -37,7 +39,7 @@ from ds4jax.model.query_blocks import has_blocks, in_blocks, recent, sees
 from ds4jax.model.rope import frequencies, rotate, turn
 from ds4jax.model.rounding import round_kv
 from ds4jax.pallas import attention as pallas
-from ds4jax.pallas import attn_out, long_attention
+from ds4jax.pallas import attn_out, kept_row, long_attention
 from ds4jax.pallas.matmul import einsum, grouped_matmul, is_q8_0, two_maps_kernel
 from ds4jax.pallas.passes import by_kernel, by_rows, of_prefill
 from ds4jax.quant import dequantize
@@ -170,9 +172,7 @@ class Attention(nnx.Module):
         c = self.config
         row, query, pooled, indexed = projected
         query = query.reshape(*row.shape[:2], c.heads, c.head_dim)
-        row = self._keep(rotate(self.kv_norm(row), rows.positions, self.table))
-
-        view, raw = extend(cache and cache.raw, row, rows)
+        view, raw = self.append(row, cache, rows)
         view, tags = extend_tags(cache and cache.tags, view, rows)
         visible = sees(rows.positions, view.positions, c.window)
         sources = [Source(view.rows, visible)]
@@ -200,6 +200,27 @@ class Attention(nnx.Module):
             output = self._attend(query, sources, rows.positions)
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
+
+    def append(self, row, cache, rows):
+        """Return what queries of a pass look at, and the ring after its rows."""
+
+        def finish(row):
+            return self._keep(rotate(self.kv_norm(row), rows.positions, self.table))
+
+        if cache is None or not rows.is_decode:
+            return extend(cache and cache.raw, finish(row), rows)
+
+        def kernel(_, row, ring):
+            norm, eps = self.kv_norm.weight.get_value(), self.config.rms_eps
+            turned = jax.tree.map(lambda a: a[0], turn(rows.positions, self.table))
+            place = row[0], rows.start, rows.end, ring[0]
+            return kept_row.keep(*place, norm, turned, eps)[None]
+
+        append = lambda row, ring: overwrite(ring, finish(row), rows)  # noqa: E731
+        served = len(row) == 1 and self.config.kv_rounding == "none"
+        served = served and kept_row.serves(row[0], cache.raw[0])
+        raw = by_kernel(append, row, cache.raw, cuda=kernel if served else None)
+        return look_at(raw, rows), raw
 
     def _attend_long(self, query, view, compressed, chosen, rows):
         """Attend with the window of each query or block, not with all of the pass.

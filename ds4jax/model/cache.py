@@ -203,26 +203,38 @@ def extend(ring: Array | None, new: Array, rows: Rows) -> tuple[View, Array | No
     if ring is None:
         view = View(new, rows.positions, rows.start, ring=0, appended=True)
         return view, None
-    size = ring.shape[1]
-    offset = jnp.arange(rows.width)
-    real = (offset < rows.count[:, None]) & (offset >= rows.count[:, None] - size)
-    after = scatter(ring, jnp.where(real, rows.positions % size, -1), new)
-
-    def held(end: Array) -> Array:
-        last = end[:, None] - 1
-        return last - (last - jnp.arange(size)) % size
-
+    after = overwrite(ring, new, rows)
     if rows.is_decode:
-        view = View(after, held(rows.end), rows.start, ring=size, appended=False)
-    else:
-        view = View(
-            jnp.concatenate([ring, new], axis=1),
-            jnp.concatenate([held(rows.start), rows.positions], axis=1),
-            rows.start,
-            ring=size,
-            appended=True,
-        )
+        return look_at(after, rows), after
+    size = ring.shape[1]
+    view = View(
+        jnp.concatenate([ring, new], axis=1),
+        jnp.concatenate([_held(size, rows.start), rows.positions], axis=1),
+        rows.start,
+        ring=size,
+        appended=True,
+    )
     return view, after
+
+
+def overwrite(ring: Array, new: Array, rows: Rows) -> Array:
+    """Return a ring [B, P, ...] after a pass's rows `new` [B, T, ...]."""
+    size, offset = ring.shape[1], jnp.arange(rows.width)
+    real = (offset < rows.count[:, None]) & (offset >= rows.count[:, None] - size)
+    return scatter(ring, jnp.where(real, rows.positions % size, -1), new)
+
+
+def look_at(after: Array, rows: Rows) -> View:
+    """Return the view for a decode pass of the ring after it."""
+    size = after.shape[1]
+    held = _held(size, rows.end)
+    return View(after, held, rows.start, ring=size, appended=False)
+
+
+def _held(size: int, end: Int[Array, "B"]) -> Int[Array, "B P"]:
+    """Return which positions the slots of a ring hold before `end`; negative: none."""
+    last = end[:, None] - 1
+    return last - (last - jnp.arange(size)) % size
 
 
 def extend_tags(
