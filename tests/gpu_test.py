@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pallas_kept_row_test as kept
 import pytest
 
 from ds4jax import assets, gguf, schema, synthetic
@@ -222,6 +223,16 @@ def test_experts_in_ptx_and_by_triton(dtype, hashed, monkeypatch):
     monkeypatch.setattr(moe_ptx, "programs", lambda *_: 0)
     jax.clear_caches()
     assert_near(whole, run(8, *operands), WORST[dtype])
+
+
+def test_kept_rows():
+    """As by XLA but for the order of sums; the same bits at every width."""
+    keep = functools.partial(kept.keep, interpret=False)
+    found, wanted = (kept.filled(kept.WIDTHS, step) for step in (keep, kept.expected))
+    np.testing.assert_allclose(found, wanted, rtol=kept.NEAR, atol=kept.NEAR)
+    one = kept.filled([1] * 24, keep)
+    for width in (2, 3, 4, 8):
+        same(kept.filled([width] * (24 // width), keep), one)
 
 
 @pytest.mark.parametrize("compressed, chosen", [(0, 0), (2048, 512), (516, 0)])

@@ -16,6 +16,7 @@ from ds4jax.pallas.passes import DecodePass, within
 
 CONFIG = ModelConfig.flash()
 WIDTH, SLOTS = 128, 24
+WIDTHS = [1, 8, 3, 0, 5, 8, 2, 7]
 NEAR = 1e-5
 """A norm of 128 channels, summed in another order, and angles; values are near 1."""
 same = np.testing.assert_array_equal
@@ -32,11 +33,13 @@ def rows_of(start: int, count: int) -> Rows:
     return Rows(place, jnp.asarray([count], jnp.int32), start + offset[None], True)
 
 
-def keep(row: jax.Array, ring: jax.Array, start: int, count: int) -> jax.Array:
+def keep(
+    row: jax.Array, ring: jax.Array, start: int, count: int, interpret: bool = True
+) -> jax.Array:
     rows, table = rows_of(start, count), frequencies(CONFIG, compressed=True)
     turned = jax.tree.map(lambda a: a[0], turn(rows.positions, table))
-    place = row, rows.start, rows.end, ring
-    return kept_row.keep(*place, drawn(WIDTH), turned, 1e-6, interpret=True)
+    operands = row, rows.start, rows.end, ring, drawn(WIDTH), turned, 1e-6
+    return kept_row.keep(*operands, interpret=interpret)
 
 
 def attention() -> Attention:
@@ -50,6 +53,14 @@ def attention() -> Attention:
     }
     norm = {"attn_kv_a_norm.weight": drawn(WIDTH)}
     return Attention(CONFIG, 128, weights | compressor | norm)
+
+
+def expected(row: jax.Array, ring: jax.Array, start: int, count: int) -> jax.Array:
+    cache = LayerCache(ring[None])
+    view, after = attention().append(row[None], cache, rows_of(start, count))
+    assert after is not None
+    same(view.rows, after)
+    return after[0]
 
 
 def filled(widths: list[int], step) -> jax.Array:
@@ -68,19 +79,9 @@ def test_a_text_leaves_the_ring_that_xla_leaves():
 
     Seen red with the row after the last one kept, with no rotation, and unnormed.
     """
-    layer = attention()
-
-    def expected(row, ring, start, count):
-        cache = LayerCache(ring[None])
-        view, after = layer.append(row[None], cache, rows_of(start, count))
-        assert after is not None
-        same(view.rows, after)
-        return after[0]
-
-    widths = [1, 8, 3, 0, 5, 8, 2, 7]
-    wanted = filled(widths, expected)
+    wanted = filled(WIDTHS, expected)
     assert not np.any(np.isnan(wanted))
-    np.testing.assert_allclose(filled(widths, keep), wanted, rtol=NEAR, atol=NEAR)
+    np.testing.assert_allclose(filled(WIDTHS, keep), wanted, rtol=NEAR, atol=NEAR)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
