@@ -54,9 +54,9 @@ _ROWS = flags.DEFINE_list("rows", ["1", "2"], "Passes of so many rows.")
 GROUPS = {
     "q8_0": "q8_0", "iq2_xxs": "experts", "q2_k": "experts", "q4_k": "experts",
     "moe": "experts", "two_maps": "q8_0", "attn_maps": "attention_input",
-    "attn_out": "attention_output", "attend": "attention", "keep": "attention",
+    "attn_out": "attention_output", "attend": "attention",
     "plain": "plain", "hc_": "hyper_connection", "route": "experts",
-    "compress": "compressor", "index": "indexer", "fix": "fixed_point",
+    "keep": "cache", "compress": "cache", "index": "indexer", "fix": "fixed_point",
 }  # fmt: skip
 """Parts of a pass by how the names of their kernels begin; all else is XLA's."""
 

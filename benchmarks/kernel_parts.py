@@ -259,22 +259,32 @@ def state(layer: int, context: int, name: str) -> cache.CompressorCache:
 
 
 def kept() -> Case:
-    """Return the case of the row that attention keeps, behind its projection."""
+    """Return the case of the row that attention keeps, behind its projection.
+
+    By what it is rotated all layers of a pass ask for together, so it is given.
+    """
 
     def draw():
         row = normal(0, 1, DECODE_ROWS, CONFIG.head_dim)
         ring = normal(1, 1, CONFIG.window + cache.DEFAULT_SLACK, CONFIG.head_dim)
-        return weights(DENSE, "attn_kv_a_norm"), row, ring, place(SHORT)
+        own, start = weights(DENSE, "attn_kv_a_norm"), place(SHORT)
+        positions = decode_rows(start, DECODE_ROWS).positions[0]
+        return own, row, ring, turn(positions, dense_attention(own).table), start
 
-    def run(width, own, row, ring, start):
+    def run(width, own, row, ring, turned, start):
+        norm = dense_attention(own).kv_norm.weight.get_value()
+        given = row[0], start, start + width, ring[0], norm, turned, CONFIG.rms_eps
+        return kept_row.keep(*given)
+
+    def xla(own, row, ring, turned, start):
         before = cache.LayerCache(ring)
-        rows = decode_rows(start, width)
-        return dense_attention(own).append(row, before, rows)[1]
+        return dense_attention(own).append(row, before, decode_rows(start, 1))[1]
 
-    def nbytes(width, own, row, ring, start):
+    def nbytes(width, *operands):
         return 2 * width * CONFIG.head_dim * FLOAT
 
-    return part(kept_row, "window", draw, run, nbytes, donated=(2,))
+    case = part(kept_row, "window", draw, run, nbytes, donated=(2,))
+    return dataclasses.replace(case, xla=xla)
 
 
 def compressed(what: str, layer: int, name: str, start: int) -> Case:
