@@ -39,8 +39,8 @@ def permute(a, b, selector):
     both[:, 0], both[:, 1] = a, b
     nibbles = selector[:, None] >> NIBBLES
     found = both.view(np.uint8).take(PAIRS + (nibbles & 7))
-    signs = nibbles & 8 > 0
-    if np.count_nonzero(signs):
+    if np.bitwise_or.reduce(selector) & 0x8888:
+        signs = nibbles & 8 > 0
         found[signs] = np.where(found[signs] & 128, 255, 0)
     return found.view(np.uint32)[:, 0]
 
@@ -95,18 +95,15 @@ def multiply_tiles(a, b, c):
 def multiply_bytes(a, b, c, kind: type[np.integer]):
     """Return `mma` of 16 x 32 bytes, of a kind, and 32 x 8 with signs, added to c.
 
-    Of each a lane has four that are side by side.
+    Of each a lane has four that are side by side; four lanes have 16 of a row, or of a
+    column of the second.
     """
-    place, own = np.divmod(np.arange(LANES), 4)
-    four, pair = 4 * own[:, None] + np.arange(4), 2 * own[:, None] + np.arange(2)
-    first, second = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
-    for i, words in enumerate(a):
-        first[place[:, None] + i % 2 * 8, four + i // 2 * 16] = of_bytes(words, kind)
-    for i, words in enumerate(b):
-        second[four + 16 * i, place[:, None]] = of_bytes(words, np.int8)
-    product = (first @ second).view(np.uint32)
-    found = [product[place + 8 * (i // 2), pair[:, i % 2]] for i in range(4)]
-    return [x + y for x, y in zip(c, found, strict=True)]
+    split = lambda words, kind: np.stack(words).view(kind).astype(np.float64)  # noqa: E731
+    first = split(a, kind).reshape(2, 2, 8, 4, 4).transpose(1, 2, 0, 3, 4)
+    second = split(b, np.int8).reshape(2, 8, 4, 4).transpose(0, 2, 3, 1)
+    product = first.reshape(16, 32) @ second.reshape(32, 8)
+    found = product.reshape(2, 8, 4, 2).transpose(0, 3, 1, 2).reshape(4, LANES)
+    return list(np.stack(c) + found.astype(np.int64).astype(np.uint32))
 
 
 MULTIPLY = {
