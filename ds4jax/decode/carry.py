@@ -35,10 +35,9 @@ class Anchor:
     """Where drafting continues: what the last target passes left behind.
 
     Attributes:
-      streams: float32 [B, W, M, D]: the trunk's streams of the newest committed
-        tokens, oldest first.  Only the first `rows` mean anything; the last of them is
-        the anchor proper, h of the token at `position`.  W is ANCHOR_ROWS, or less
-        within a loop that needs less.
+      streams: float32 [B, ANCHOR_ROWS, M, D]: the trunk's streams of the newest
+        committed tokens, oldest first.  Only the first `rows` mean anything; the last
+        of them is the anchor proper, h of the token at `position`.
       rows: int32 [B]: how many wait for the token that follows them, and so for their
         row of the MTP cache.  0: there is no anchor, and the next cycle is cold.
       position: int32 [B]: of the newest row; `length - 1` whenever `rows > 0`.

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ds4jax.decode import gate as gates
-from ds4jax.decode.anchor_room import narrow, widen
 from ds4jax.decode.carry import MAX_DEPTH, DecodeCarry
 from ds4jax.decode.modes import Decoding
 from ds4jax.decode.transitions import (
@@ -92,14 +91,8 @@ def cycles(
 
     state, gate = (carry, jnp.int32(0)), decoding.gate
     run = functools.partial(cycle, drafter=drafter)
-    if not decoding.depth:
+    if gate is None or not decoding.depth:
         return loop(one(run))(state)[0]
-    if gate is None:
-        # Rows that wait are a verification's, and in a chained cycle the base pass's.
-        most = 1 + decoding.depth
-        room = most + (decoding.mode.kind == "chained")
-        carry = narrow(model, carry, most, room, decoding.pairing)
-        return widen(loop(one(run))((carry, jnp.int32(0)))[0])
     # Loops rather than branches of a cycle, which would copy the caches.
     drafts = lambda carry: jnp.any(carry.active & (carry.gate.resting == 0))  # noqa: E731
     sleeps = lambda carry: jnp.all(~carry.active | (carry.gate.resting > gate.warm_up))  # noqa: E731

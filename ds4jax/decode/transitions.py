@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ds4jax.decode.carry import Anchor, DecodeCarry
+from ds4jax.decode.carry import ANCHOR_ROWS, Anchor, DecodeCarry
 from ds4jax.decode.modes import Decoding, Verifier
 from ds4jax.model.cache import Cache, forget, row_at, scatter
 from ds4jax.model.deepseek import Model
@@ -119,14 +119,14 @@ def prefill(
     return dataclasses.replace(carry, anchor=anchor)
 
 
-def pending(
+def _pending(
     carry: DecodeCarry, following: Int[Array, "B"], pairing: Pairing
 ) -> tuple[Int[Array, "B W"], Cache]:
     """Return the tokens of the anchor's rows, and the head's cache before them."""
     assert carry.anchor is not None and carry.mtp_cache is not None
     end, rows = carry.length, carry.anchor.rows
     first = end - rows + (pairing == "trained")
-    position = first[:, None] + jnp.arange(carry.anchor.streams.shape[1])
+    position = first[:, None] + jnp.arange(ANCHOR_ROWS)
     place = jnp.clip(position, 0, carry.max_context - 1)
     known = jnp.take_along_axis(carry.tokens, place, axis=1)
     tokens = jnp.where(position == end[:, None], following[:, None], known)
@@ -146,7 +146,7 @@ def fill(
     """
     modules, anchor = model.modules(), carry.anchor
     assert modules.mtp is not None and anchor is not None
-    tokens, cache = pending(carry, following, pairing)
+    tokens, cache = _pending(carry, following, pairing)
     out = modules.mtp(modules.trunk, tokens, anchor.streams, cache, anchor.rows)
     return _let_go(carry, out.cache, which)
 
@@ -163,14 +163,17 @@ def _let_go(
     )
 
 
-def keep_newest(anchor: Anchor) -> Anchor:
+def _keep_newest(carry: DecodeCarry) -> DecodeCarry:
     """Let go of all rows but the newest, of which alone it is unknown what follows."""
+    anchor = carry.anchor
+    assert anchor is not None
     newest = row_at(anchor.streams, jnp.maximum(anchor.rows - 1, 0))
-    return dataclasses.replace(
+    anchor = dataclasses.replace(
         anchor,
         streams=anchor.streams.at[:, 0].set(newest),
         rows=jnp.minimum(anchor.rows, 1),
     )
+    return dataclasses.replace(carry, anchor=anchor)
 
 
 def draft(
@@ -199,7 +202,7 @@ def draft(
     modules, anchor = model.modules(), carry.anchor
     assert anchor is not None and modules.mtp is not None
     head = functools.partial(modules.mtp, modules.trunk)
-    tokens, cache = pending(carry, first, pairing)
+    tokens, cache = _pending(carry, first, pairing)
     # Of older rows the cache alone is looked at: no expert of theirs is ever computed.
     older = jnp.maximum(anchor.rows - 1, 0)
     cache = head(tokens[:, :-1], anchor.streams[:, :-1], cache, older).cache
@@ -207,9 +210,7 @@ def draft(
     out = head(tokens, streams, cache, jnp.minimum(anchor.rows, 1))
     streams, logits = out.streams, out.logits
     # Rows made from the head's own streams are not kept, see the top of this file.
-    carry = _let_go(carry, out.cache, carry.active)
-    assert carry.anchor is not None
-    carry = dataclasses.replace(carry, anchor=keep_newest(carry.anchor))
+    carry = _keep_newest(_let_go(carry, out.cache, carry.active))
     guesses, cache, token = [], out.cache, first[:, None]
     for place in range(depth):
         if place or pairing == "ds4":

@@ -18,7 +18,6 @@ from jaxtyping import Array, Int
 
 from ds4jax.decode import carry as carries
 from ds4jax.decode import driver, oracles
-from ds4jax.decode.anchor_room import narrow
 from ds4jax.decode.carry import DecodeCarry
 from ds4jax.decode.modes import CONTINUOUS, GREEDY, Decoding
 from ds4jax.decode.transitions import commit, draft, first_token, verify
@@ -79,7 +78,6 @@ def drafts(
     pairing: Pairing,
 ):  # fmt: skip
     """Draft from one anchor, each chain fed by the one before."""
-    carry = narrow(model, carry, 1 + depth, 1 + depth, pairing)
 
     def step(_, state):
         first, head = state
