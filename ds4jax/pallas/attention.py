@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.pallas import rope
 from ds4jax.pallas.fixed_point import GROUP, FixedPoint, Order, shapes, store
 
 _PARTS = 32, 64
@@ -141,11 +142,8 @@ def _part_kernel(
         if at + channels <= k - r:
             return x
         channel = at + jnp.arange(channels)
-        place = channel - (k - r)
         of_pair = query_ref[row, first + jnp.arange(_HEADS)[:, None], channel[None] ^ 1]
-        angle = row, jnp.maximum(place, 0)
-        cos = jnp.where(place >= 0, cos_ref[angle], 1)
-        sin = jnp.where(place >= 0, sin_ref[angle], 0)
+        cos, sin = rope.angles((cos_ref, sin_ref), row, channel, k)
         return x * cos[None] + of_pair * sin[None]
 
     for start, end, is_chosen in zip(ends, ends[1:], chosen, strict=False):

@@ -14,6 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from ds4jax.pallas import rope
+from ds4jax.pallas.attention import Turn
+
 
 def serves(row: Float[Array, "T K"], ring: Float[Array, "P K"]) -> bool:
     """Say whether `keep` is for rows of this width, and a ring with room for them."""
@@ -27,7 +30,7 @@ def keep(
     end: Int[Array, "1"],
     ring: Float[Array, "P K"],
     norm: Float[Array, "K"],
-    turn: tuple[Float[Array, "T R"], Float[Array, "T R"]],
+    turn: Turn,
     eps: float,
     *,
     interpret: bool = False,
@@ -39,7 +42,7 @@ def keep(
       start, end: positions of the first row and behind the last real one.
       ring: the row of position t is in slot t mod P.
       norm: weight of the RMS norm.
-      turn: as of `model.rope.turn`, for the last channels.
+      turn: their rotation.
       eps: epsilon of the norm.
       interpret: without a GPU.
     """
@@ -67,10 +70,8 @@ def _kernel(
 ):  # fmt: skip
     number = pl.program_id(0)
     position = start_ref[0] + number
-    (_, width), (_, turned) = row_ref.shape, cos_ref.shape
+    width = row_ref.shape[1]
     channel = jnp.arange(width)
-    place = channel - (width - turned)
-    turns, place = place >= 0, jnp.maximum(place, 0)
 
     @pl.when(position < end_ref[0])
     def _keep():
@@ -80,8 +81,7 @@ def _kernel(
         def normed(channel):
             return row_ref[number, channel] / root * norm_ref[channel]
 
-        cos = jnp.where(turns, cos_ref[number, place], 1)
-        sin = jnp.where(turns, sin_ref[number, place], 0)
+        cos, sin = rope.angles((cos_ref, sin_ref), number, channel, width)
         # The other channel of each pair is that whose number differs in a bit.
         kept = normed(channel) * cos + normed(channel ^ 1) * sin
         ring_ref[jax.lax.rem(position, len(ring_ref)), :] = kept

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from ds4jax.pallas import rope
 from ds4jax.pallas.attention import Turn
 
 _ROWS = 64
@@ -59,14 +60,12 @@ def _prepare_kernel(
 ):  # fmt: skip
     head, row, k = pl.program_id(0), pl.program_id(1), query_ref.shape[2]
     channel = jnp.arange(k)
-    place = channel - (k - cos_ref.shape[1])
     query = query_ref[row, head, :]
     scale = 1 / jnp.sqrt(jnp.sum(query * query) / k + eps)
     # Triton cannot swap the channels of a pair, but read them so.
-    swapped = query_ref[row, head, channel ^ (place >= 0)]
-    angle = row, jnp.maximum(place, 0)
-    query *= jnp.where(place >= 0, cos_ref[angle], 1)
-    query += swapped * jnp.where(place >= 0, sin_ref[angle], 0)
+    swapped = query_ref[row, head, channel ^ 1]
+    cos, sin = rope.angles((cos_ref, sin_ref), row, channel, k)
+    query = query * cos + swapped * sin
     out_ref[row, head, :] = (query * scale).astype(out_ref.dtype)
 
 

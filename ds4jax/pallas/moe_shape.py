@@ -48,7 +48,7 @@ ROWS = 2 * GROUP // LINES
 """Of a task of gate and up that a lane multiplies: a part of each."""
 
 HALF = GROUP // 2
-"""Rows of gate, and of up, that are copied together."""
+"""Rows of gate, of up, and of the shared expert's down, that are copied together."""
 
 SKEW = 64
 """Bytes between gate and up, and after them: half of the banks of shared memory."""

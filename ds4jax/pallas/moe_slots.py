@@ -12,6 +12,9 @@ from ds4jax.pallas.fixed_point import GROUP
 from ds4jax.pallas.moe_shape import HALF, HIDDEN, SKEW, TABLE, WARPS, Shape
 from ds4jax.pallas.ptx import Piece, arrive, copy, wait
 
+_BETWEEN = f"\n    add.u32 c, c, {HALF};"
+"""What comes between halves that are rows."""
+
 
 def wait_for(label: str, barrier: int, task: str, ago: int = 0) -> str:
     """Wait for what a task had to wait for, or the task `ago` before it.
@@ -77,7 +80,7 @@ def copy_gated(s: Shape) -> str:
     return f"""
     mul.lo.u32 c, tile, {GROUP};
     mad.lo.u32 c, expert, {HIDDEN}, c;""" + _halves(
-        s, "GATED", pieces, f"\n    add.u32 c, c, {HALF};", pieces
+        s, "GATED", pieces, _BETWEEN, pieces
     )
 
 
@@ -101,9 +104,8 @@ def copy_shexp(s: Shape) -> str:
         for name, size in s.shexp_planes
     )
     half = quants._replace(nbytes=quants.nbytes // 2)
-    next_rows = f"\n    add.u32 c, c, {HALF};"
     return f"""
-    mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [d, half], next_rows, [half])
+    mul.lo.u32 c, block, {GROUP};""" + _halves(s, "SHEXP", [d, half], _BETWEEN, [half])
 
 
 def copy_experts(s: Shape) -> str:

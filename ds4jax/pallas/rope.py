@@ -1,15 +1,38 @@
-"""The rotation of `model.rope`, inside a kernel."""
+"""The rotations of `model.rope`, inside a kernel."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def spread(frequencies: np.ndarray, width: int) -> np.ndarray:
     """Return `[width / 2]` frequencies: a pair that is not rotated turns by nothing."""
     return np.pad(frequencies, (width // 2 - len(frequencies), 0))
+
+
+def angles(
+    turn: tuple[Any, Any],
+    row: int | Int[Array, ""],
+    channel: Int[Array, "N"],
+    width: int,
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """Return by what channels of a row are multiplied, and the others of their pairs.
+
+    Args:
+      turn: references of `model.rope.turn`'s [T, R], for the last channels; those
+        before do not turn.
+      row: of T.
+      channel: of the row's.
+      width: how many channels the row has.
+    """
+    cos_ref, sin_ref = turn
+    place = channel - (width - cos_ref.shape[1])
+    at = row, jnp.maximum(place, 0)
+    return jnp.where(place >= 0, cos_ref[at], 1), jnp.where(place >= 0, sin_ref[at], 0)
 
 
 def rotate(
