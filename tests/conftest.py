@@ -58,13 +58,21 @@ def pytest_configure(config: pytest.Config):
     that was compiled, so its results have the same bits; `pytest --cache-clear` drops
     it.  Only with a size limit does jax lock the cache against other processes.
     """
-    directory = config.rootpath / ".pytest_cache" / "d" / "jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     quick = QUICK if config.option.markexpr == "not optimised" else []
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([flags, *ALONE, *quick])
+    # jaxtyping's hook has had jax imported, which does not look at these again; the
+    # commands' processes do.
+    import jax
+
+    directory = config.rootpath / ".pytest_cache" / "d" / "jax"
+    for name, value in {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_compilation_cache_max_size": 2 * 2**30,
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }.items():
+        given = os.environ.setdefault(name.upper(), str(value))
+        jax.config.update(name, type(value)(given))
 
 
 @pytest.fixture(scope="module", autouse=True)
