@@ -11,12 +11,6 @@ from pathlib import Path
 import jaxtyping
 import pytest
 
-from ds4jax import xla_flags
-
-# Before anything imports jax.  `make test-gpu` sets it to cuda,cpu.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-xla_flags.set_flags()
-
 ALONE = ["--xla_cpu_parallel_codegen_split_count=1"]
 """For XLA to compile a program in one thread: the other processor has a worker too."""
 QUICK = [
@@ -52,27 +46,26 @@ jaxtyping.jaxtyped = _sparing
 
 
 def pytest_configure(config: pytest.Config):
-    """Let the processes of this run, and the next runs, share what XLA compiled.
+    """Tell jax, by the environment, where to run and what XLA should do.
 
-    Compiling takes most of the time of the tests.  A program from the cache is the one
-    that was compiled, so its results have the same bits; `pytest --cache-clear` drops
-    it.  Only with a size limit does jax lock the cache against other processes.
+    Let the processes of this run, and the next runs, share what it compiled: that takes
+    most of the time of the tests.  A program from the cache is the one that was
+    compiled, so its results have the same bits; `pytest --cache-clear` drops it.  Only
+    with a size limit does jax lock the cache against other processes.
     """
+    directory = config.rootpath / ".pytest_cache" / "d" / "jax"
+    # `make test-gpu` sets it to cuda,cpu.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2 * 2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # Not before that: jaxtyping's hook imports jax with the first module of ours.
+    from ds4jax import xla_flags
+
+    xla_flags.set_flags()
     quick = QUICK if config.option.markexpr == "not optimised" else []
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([flags, *ALONE, *quick])
-    # jaxtyping's hook has had jax imported, which does not look at these again; the
-    # commands' processes do.
-    import jax
-
-    directory = config.rootpath / ".pytest_cache" / "d" / "jax"
-    for name, value in {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_compilation_cache_max_size": 2 * 2**30,
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }.items():
-        given = os.environ.setdefault(name.upper(), str(value))
-        jax.config.update(name, type(value)(given))
 
 
 @pytest.fixture(scope="module", autouse=True)

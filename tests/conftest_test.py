@@ -3,9 +3,11 @@
 import os
 
 import jax
+import pytest
 
 
-def test_programs_that_xla_compiled_are_kept():
-    """Seen red where jax, imported by then, was told by the environment alone."""
-    directory = jax.config.values["jax_compilation_cache_dir"]
-    assert directory and directory == os.environ["JAX_COMPILATION_CACHE_DIR"]
+@pytest.mark.parametrize("name", ["jax_platforms", "jax_compilation_cache_dir"])
+def test_jax_looks_at_the_environment(name):
+    """Seen red without xdist's workers, which inherit it, where jax came first."""
+    found = jax.config.values[name]
+    assert found and found == os.environ[name.upper()]
